@@ -134,7 +134,6 @@ class TrainingConfig:
   accumulation: int = 1  # a step's batch is computed in so many rounds to save memory
   optimizer: str = "adamw"  # adamw or muon (matrices by Muon, the rest by AdamW)
   learning_rate: float = 5e-4
-  muon_learning_rate: float = 0.02  # of the matrices, optimizer=muon only
   schedule: str = "cosine"  # cosine, wsd (warm-up, stable, decay) or constant, after the warm-up
   warmup_steps: int = 0
   decay_fraction: float = 0.2  # wsd: the part of the run over which the rate falls
@@ -149,6 +148,8 @@ class TrainingConfig:
   log_every: int = _free(1)
   checkpoint_every: int = _free(500)  # steps; the last step is always saved
   keep_checkpoints: int = _free(2)  # the newest so many, and the best by validation loss
+  tensorboard: bool = _free(False)  # event files in WORKDIR/tensorboard; extra `tensorboard`
+  wandb_project: str = _free("")  # log to this Weights & Biases project; extra `wandb`
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -334,7 +335,6 @@ _RANGES = {
   "training.batch_size": (1, math.inf),
   "training.accumulation": (1, math.inf),
   "training.learning_rate": (0.0, math.inf),
-  "training.muon_learning_rate": (0.0, math.inf),
   "training.warmup_steps": (0, math.inf),
   "training.decay_fraction": (0.0, 1.0),
   "training.final_learning_rate": (0.0, math.inf),

@@ -1,0 +1,18 @@
+"""make train
+
+Four graph-coupled experts on the State of the Union messages, small enough for two CPU cores.
+"""
+
+from hgnn_moe_jax.config import Config
+
+
+def get_config() -> Config:
+  c = Config(name="quickstart")
+  c.model.embed_dim, c.model.num_layers, c.model.num_heads = 128, 2, 4
+  c.model.num_experts = 4
+  c.model.dropout = 0.0  # less than one pass over the text: nothing to overfit
+  c.data.tokenizer, c.data.vocab_size = "bpe", 8192
+  c.training.steps, c.training.batch_size = 300, 16
+  c.training.learning_rate, c.training.warmup_steps = 2e-3, 30
+  c.evaluation.every = 100
+  return c

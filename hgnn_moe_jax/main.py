@@ -1,0 +1,91 @@
+"""Command line: train, continue or evaluate a run.
+
+python -m hgnn_moe_jax.main --config=configs/quickstart.py
+python -m hgnn_moe_jax.main --mode=evaluate --workdir=runs/quickstart --split=test
+"""
+
+import pathlib
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from hgnn_moe_jax import report
+from hgnn_moe_jax.config import Config
+from hgnn_moe_jax.data.cache import cache_root
+from hgnn_moe_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", help_string="File with get_config(); override with --config.group.field=value."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; runs/NAME of the config if not given.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "What to do.")
+_SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "test"], "What to evaluate on.")
+_CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which one to evaluate.")
+_STRIDE = flags.DEFINE_integer(
+  "stride", None, "Evaluate with a sliding context: each window scores its last STRIDE tokens.", 1
+)
+_QUIET = flags.DEFINE_boolean("quiet", False, "No progress, only the result.")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise UserError(f"{argv[1]}: not understood; every option starts with --")
+  # Imported late: a mistake on the command line is told at once.
+  from hgnn_moe_jax.training import evaluate, loop
+
+  if _MODE.value == "evaluate":
+    if _WORKDIR.value is None:
+      raise UserError("--mode=evaluate: give the run folder with --workdir")
+    workdir = pathlib.Path(_WORKDIR.value)
+    result = evaluate.evaluate_run(workdir, _SPLIT.value, _CHECKPOINT.value, _STRIDE.value)
+    print(report.evaluation(result))
+    return
+  config = _CONFIG.value
+  if not isinstance(config, Config):
+    raise UserError("--config: give a file, e.g. --config=configs/quickstart.py")
+  config.validate()
+  _keep_compiled_code(config)
+  workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs", config.name))
+  summary = loop.train(config, workdir, _QUIET.value)
+  print(report.summary(summary, workdir))
+
+
+def _keep_compiled_code(config: Config) -> None:
+  """The second run of a config starts without compiling."""
+  folder = cache_root(config.data.cache_dir) / "xla"
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """absl's flags, with the config's own errors in one line."""
+  try:
+    return flags.FLAGS(argv)
+  except (KeyError, AttributeError, flags.Error, OSError, SyntaxError, ImportError) as error:
+    reason = error.args[0] if isinstance(error, KeyError) else str(error)
+    field = next((a for a in argv[1:] if a.startswith("--config.")), "")
+    hint = f" ({field}: see hgnn_moe_jax/config.py for the fields)" if field else ""
+    raise UserError(f"{str(reason).strip().splitlines()[-1]}{hint}") from None
+
+
+def _run(argv: list[str]) -> None:
+  """Exit status 0, or the error's own with its message on one line and no traceback."""
+  logging.set_verbosity(logging.WARNING)
+  try:
+    main(argv)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_status)
+
+
+def _parse_or_exit(argv: list[str]) -> list[str]:
+  try:
+    return _parse(argv)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_status)
+
+
+if __name__ == "__main__":
+  app.run(_run, flags_parser=_parse_or_exit)

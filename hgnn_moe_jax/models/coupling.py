@@ -1,0 +1,148 @@
+"""Couplers: how the experts of a layer exchange messages about each token.
+
+A coupler maps the experts' updates y_EBTD to y_EBTD, token by token: it contracts the expert and
+the model axis only, so no token can see another one. Each of its layers is
+  y + GELU(message) W_out,   message_i = sum_j P_ij h_j W_in,   h = LayerNorm(y),
+and the couplers differ in the operator P over experts. W_in, W_out and the normalisation are
+shared by the experts; what belongs to single experts (adjacency, mixing matrix, hyperedge weights)
+is permuted with them, so relabelling the experts changes nothing.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hgnn_moe_jax.config import ModelConfig
+from hgnn_moe_jax.models import hypergraph
+from hgnn_moe_jax.models.layers import LayerNorm, fan_in_normal
+
+# softplus(_ONE) = 1: learned positive weights start at 1.
+_ONE = 0.5413248546129181
+
+
+def _mix(operator: jax.Array, h_EBTD: jax.Array) -> jax.Array:
+  """sum_j P_ij h_j with P either [E, E] or, token by token, [E, E, B, T]."""
+  letters = "ijBT" if operator.ndim == 4 else "ij"
+  return jnp.einsum(f"{letters},jBTD->iBTD", operator.astype(h_EBTD.dtype), h_EBTD)
+
+
+class GraphOperator(nn.Module):
+  """P_ij(t) = A_ij sigmoid(r_i(t) + s_j(t)) / sum_j A_ij for i != j, and 0 for i = j.
+
+  A is a learned positive adjacency, receiver by sender. The content gate of a pair is separable:
+  one score per expert as receiver and one as sender, so no array over pairs has a model axis. The
+  degree is that of A alone: a closed gate silences a sender instead of amplifying the others.
+  """
+
+  @nn.compact
+  def __call__(self, h_EBTD: jax.Array) -> jax.Array:
+    E, D = h_EBTD.shape[0], h_EBTD.shape[-1]
+    adjacency_EE = jax.nn.softplus(
+      self.param("adjacency", nn.initializers.constant(_ONE), (E, E))
+    ) * (1 - jnp.eye(E))
+    gate_DX = self.param("gate_kernel", fan_in_normal(D), (D, 2))
+    gate_bias = self.param("gate_bias", nn.initializers.zeros, ())
+    score_EBTX = jnp.einsum(
+      "EBTD,DX->EBTX",
+      h_EBTD,
+      gate_DX.astype(h_EBTD.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    receiver_EBT, sender_EBT = score_EBTX[..., 0], score_EBTX[..., 1]
+    gate_EEBT = jax.nn.sigmoid(receiver_EBT[:, None] + sender_EBT[None] + gate_bias)
+    share_EE = adjacency_EE / adjacency_EE.sum(1, keepdims=True)
+    return share_EE[:, :, None, None] * gate_EEBT
+
+
+class HypergraphOperator(nn.Module):
+  """P of a hypergraph convolution (Feng et al. 2019); see `hypergraph.propagation`.
+
+  Hyperedge weights are learned and positive. With `attention`, the members of a hyperedge share
+  it by content, token by token, instead of equally.
+  """
+
+  hyperedges: tuple[tuple[int, ...], ...]
+  normalization: str
+  attention: bool
+
+  @nn.compact
+  def __call__(self, h_EBTD: jax.Array) -> jax.Array:
+    weight_M = jax.nn.softplus(
+      self.param("hyperedge_weight", nn.initializers.constant(_ONE), (len(self.hyperedges),))
+    )
+    if not self.attention:
+      incidence_EM = hypergraph.incidence(self.hyperedges, h_EBTD.shape[0])
+      return hypergraph.propagation(incidence_EM, weight_M, self.normalization)
+    D = h_EBTD.shape[-1]
+    score_D = self.param("score_kernel", fan_in_normal(D), (D,)).astype(h_EBTD.dtype)
+    score_EBT = jnp.einsum("EBTD,D->EBT", h_EBTD, score_D, preferred_element_type=jnp.float32)
+    return hypergraph.attended_propagation(self.hyperedges, weight_M, score_EBT, self.normalization)
+
+
+class MatrixOperator(nn.Module):
+  """P is a learned E x E matrix with a zero diagonal, the same for all tokens.
+
+  The control for content-dependent couplers. It starts at 1 / (E - 1): the mean of the others.
+  """
+
+  @nn.compact
+  def __call__(self, h_EBTD: jax.Array) -> jax.Array:
+    E = h_EBTD.shape[0]
+    mixing_EE = self.param("mixing", nn.initializers.constant(1 / (E - 1)), (E, E))
+    return mixing_EE * (1 - jnp.eye(E))
+
+
+class AttentionOperator(nn.Module):
+  """P(t) = softmax over senders of q_i(t) k_j(t) / sqrt(D): attention over experts, one head."""
+
+  @nn.compact
+  def __call__(self, h_EBTD: jax.Array) -> jax.Array:
+    D = h_EBTD.shape[-1]
+    query_DD = self.param("query_kernel", fan_in_normal(D), (D, D)).astype(h_EBTD.dtype)
+    key_DD = self.param("key_kernel", fan_in_normal(D), (D, D)).astype(h_EBTD.dtype)
+    query_EBTD, key_EBTD = h_EBTD @ query_DD, h_EBTD @ key_DD
+    score_EEBT = jnp.einsum(
+      "iBTD,jBTD->ijBT", query_EBTD, key_EBTD, preferred_element_type=jnp.float32
+    )
+    return jax.nn.softmax(score_EEBT * D**-0.5, axis=1)
+
+
+def make_operator(config: ModelConfig, name: str) -> nn.Module:
+  """The operator over experts that `config.coupler` names. Raises KeyError for "mean"."""
+  return {
+    "graph": lambda: GraphOperator(name=name),
+    "hypergraph": lambda: HypergraphOperator(
+      config.hyperedge_list(),
+      config.hypergraph_normalization,
+      config.hyperedge_attention,
+      name=name,
+    ),
+    "matrix": lambda: MatrixOperator(name=name),
+    "attention": lambda: AttentionOperator(name=name),
+  }[config.coupler]()
+
+
+class Coupler(nn.Module):
+  """`config.coupler_layers` rounds of messages: y_EBTD -> y_EBTD.
+
+  With `coupler="mean"`, or a single expert, there are no messages and no parameters.
+  """
+
+  config: ModelConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, y_EBTD: jax.Array) -> jax.Array:
+    c = self.config
+    if c.coupler == "mean" or c.num_experts == 1:
+      return y_EBTD
+    D = c.embed_dim
+    gain = (2 * c.num_layers * c.coupler_layers) ** -0.5
+    for g in range(c.coupler_layers):
+      h_EBTD = LayerNorm(name=f"norm_{g}")(y_EBTD).astype(self.dtype)
+      operator = make_operator(c, f"operator_{g}")(h_EBTD)
+      in_DD = self.param(f"in_kernel_{g}", fan_in_normal(D), (D, D)).astype(self.dtype)
+      out_DD = self.param(f"out_kernel_{g}", fan_in_normal(D, gain), (D, D)).astype(self.dtype)
+      message_EBTD = _mix(operator, h_EBTD) @ in_DD
+      y_EBTD = y_EBTD + jax.nn.gelu(message_EBTD) @ out_DD
+    return y_EBTD

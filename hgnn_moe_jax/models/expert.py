@@ -1,0 +1,107 @@
+"""The experts of one layer: E whole pre-LN transformer blocks, all fed the same x.
+
+Their parameters are stacked on a leading axis E and drawn independently. Because every expert
+reads the same x, the statistics of the first normalisation are computed once, each expert's gain
+and bias are folded into its projection, and queries, keys and values of all experts come out of a
+single matrix product.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hgnn_moe_jax.config import ModelConfig
+from hgnn_moe_jax.models import attention
+from hgnn_moe_jax.models.layers import dropout, fan_in_normal, normalize
+
+
+class ExpertBlocks(nn.Module):
+  """x_BTD -> updates_EBTD, what each expert's block would add to x: its output minus x.
+
+  Block e: a = Attention_e(LN_e(x)); f = FFN_e(LN'_e(x + a)); update = a + f, with dropout on a
+  and f, biases everywhere and tanh-approximated GELU (Hendrycks and Gimpel 2016).
+
+  Attributes:
+    config: the model's.
+    dtype: compute dtype; parameters are float32.
+  """
+
+  config: ModelConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, keys: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """Args: x_BTD float32; keys for the two dropouts, or None for none."""
+    attention_key, ffn_key = keys if keys is not None else (None, None)
+    attended_EBTD = self._attention(x_BTD)
+    attended_EBTD = dropout(attended_EBTD, self.config.dropout, attention_key)
+    hidden_EBTD = normalize(x_BTD[None] + attended_EBTD.astype(jnp.float32)).astype(self.dtype)
+    fed_EBTD = dropout(self._ffn(hidden_EBTD), self.config.dropout, ffn_key)
+    return attended_EBTD + fed_EBTD
+
+  def _attention(self, x_BTD: jax.Array) -> jax.Array:
+    c = self.config
+    E, D, N = c.num_experts, c.embed_dim, c.num_heads
+    H = D // N
+    norm_scale_ED = self.param("attention_norm_scale", nn.initializers.ones, (E, D))
+    norm_bias_ED = self.param("attention_norm_bias", nn.initializers.zeros, (E, D))
+    kernel = self.param("qkv_kernel", fan_in_normal(D), (E, D, 3, N, H))
+    bias = self.param("qkv_bias", nn.initializers.zeros, (E, 3, N, H))
+    bias = bias + jnp.einsum("ED,EDSNH->ESNH", norm_bias_ED, kernel)
+    kernel = kernel * norm_scale_ED[:, :, None, None, None]
+    kernel = jnp.einsum("EDSNH->DSENH", kernel).reshape(D, 3 * E * N * H)
+    bias = jnp.einsum("ESNH->SENH", bias).reshape(1, 1, 3 * E * N * H)
+    flat_BTX = normalize(x_BTD).astype(self.dtype) @ kernel.astype(self.dtype)
+    flat_BTX = flat_BTX + bias.astype(self.dtype)
+    B, T = x_BTD.shape[:2]
+    q, k, v = (part.reshape(B, T, E * N, H) for part in jnp.split(flat_BTX, 3, axis=-1))
+    if c.positions == "rotary":
+      q, k = attention.rotate(q, jnp.arange(T)), attention.rotate(k, jnp.arange(T))
+    mixed_BTEX = attention.causal_attention(q, k, v).reshape(B, T, E, N * H)
+    out = self.param("out_kernel", fan_in_normal(N * H, self._residual_gain), (E, N * H, D))
+    out_bias_ED = self.param("out_bias", nn.initializers.zeros, (E, D))
+    return jnp.einsum("BTEX,EXD->EBTD", mixed_BTEX, out.astype(self.dtype)) + out_bias_ED.astype(
+      self.dtype
+    ).reshape(E, 1, 1, D)
+
+  def _ffn(self, hidden_EBTD: jax.Array) -> jax.Array:
+    """hidden_EBTD: normalised, without gain and bias, which are folded into the first kernel."""
+    c = self.config
+    E, D, F = c.num_experts, c.embed_dim, c.ffn_multiplier * c.embed_dim
+    norm_scale_ED = self.param("ffn_norm_scale", nn.initializers.ones, (E, D))
+    norm_bias_ED = self.param("ffn_norm_bias", nn.initializers.zeros, (E, D))
+    kernel_EDF = self.param("ffn_in_kernel", fan_in_normal(D), (E, D, F))
+    bias_EF = self.param("ffn_in_bias", nn.initializers.zeros, (E, F))
+    out_EFD = self.param("ffn_out_kernel", fan_in_normal(F, self._residual_gain), (E, F, D))
+    out_bias_ED = self.param("ffn_out_bias", nn.initializers.zeros, (E, D))
+    bias_EF = bias_EF + jnp.einsum("ED,EDF->EF", norm_bias_ED, kernel_EDF)
+    kernel_EDF = (kernel_EDF * norm_scale_ED[:, :, None]).astype(self.dtype)
+    inner_EBTF = jnp.einsum("EBTD,EDF->EBTF", hidden_EBTD, kernel_EDF)
+    inner_EBTF = jax.nn.gelu(inner_EBTF + bias_EF.astype(self.dtype).reshape(E, 1, 1, F))
+    outer_EBTD = jnp.einsum("EBTF,EFD->EBTD", inner_EBTF, out_EFD.astype(self.dtype))
+    return outer_EBTD + out_bias_ED.astype(self.dtype).reshape(E, 1, 1, D)
+
+  @property
+  def _residual_gain(self) -> float:
+    """Two updates a layer are added to the stream; this keeps its variance from growing with L."""
+    return (2 * self.config.num_layers) ** -0.5
+
+
+def matrices(layers: dict, target: str) -> dict[str, jax.Array]:
+  """The experts' weight matrices by role, D second last: {role: w_LEDK}.
+
+  Args:
+    layers: the stacked parameters of `ExpertBlocks`, leading axes [L, E].
+    target: "ffn_input" (K = F), "ffn_output" (transposed, K = F), "attention" (two roles: joint
+      queries, keys and values with K = 3 N H, and the output projection transposed, K = N H), or
+      "combined" (all four). Roles are never mixed: their matrices do different work.
+  """
+  qkv = layers["qkv_kernel"]
+  roles = {
+    "ffn_input": layers["ffn_in_kernel"],
+    "ffn_output": jnp.swapaxes(layers["ffn_out_kernel"], -1, -2),
+    "attention_input": qkv.reshape(*qkv.shape[:3], -1),
+    "attention_output": jnp.swapaxes(layers["out_kernel"], -1, -2),
+  }
+  chosen = {"attention": ("attention_input", "attention_output"), "combined": tuple(roles)}
+  return {role: roles[role] for role in chosen.get(target, (target,))}

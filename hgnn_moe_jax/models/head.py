@@ -1,0 +1,113 @@
+"""The output head's cross-entropy, chunk by chunk: the logits of a batch never exist whole."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Entries of one chunk's logits. On CPU a chunk should stay near the cache without rewriting the
+# kernel's gradient too often; on an accelerator it should fill the device.
+_CHUNK_ENTRIES = {"cpu": 2**23}
+_CHUNK_ENTRIES_ACCELERATOR = 2**27
+
+
+def chunk_rows(num_rows: int, vocab_size: int) -> int:
+  """Rows per chunk: all of them if they fit, else a power of two of at least 64."""
+  entries = _CHUNK_ENTRIES.get(jax.default_backend(), _CHUNK_ENTRIES_ACCELERATOR)
+  rows = max(64, 2 ** (entries // vocab_size).bit_length() // 2)
+  return min(rows, num_rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def linear_cross_entropy(
+  x_ND: jax.Array,
+  kernel_DV: jax.Array,
+  target_N: jax.Array,
+  weight_N: jax.Array,
+  rows: int,
+  dtype: jnp.dtype,
+) -> jax.Array:
+  """sum_n weight_n * -log softmax(x_n kernel)[target_n], in nats; float32 scalar.
+
+  Gradients are exact and come out of the same pass over the chunks that computes the loss (they
+  are known but for one scalar factor), so nothing of size N x V is kept or computed twice.
+
+  Args:
+    x_ND: [N, D] float32.
+    kernel_DV: [D, V] float32.
+    target_N: [N] int32 in [0, V).
+    weight_N: [N] float32.
+    rows: rows per chunk, see `chunk_rows`.
+    dtype: of the matrix products' operands; they accumulate in float32.
+  """
+  chunks = _chunks(x_ND, target_N, weight_N, rows)
+  kernel_DV = kernel_DV.astype(dtype)
+
+  def body(total, chunk):
+    nll_n, _, _ = _chunk_nll(chunk, kernel_DV, dtype)
+    return total + jnp.sum(chunk.weight_n * nll_n), None
+
+  return jax.lax.scan(body, jnp.zeros(()), chunks)[0]
+
+
+class _Chunk(NamedTuple):
+  x_nD: jax.Array
+  target_n: jax.Array
+  weight_n: jax.Array
+
+
+def _chunks(x_ND: jax.Array, target_N: jax.Array, weight_N: jax.Array, rows: int) -> _Chunk:
+  """The rows in stacks of `rows`, the last one filled up with rows of weight 0."""
+  padding = -x_ND.shape[0] % rows
+  return _Chunk(
+    jnp.pad(x_ND, ((0, padding), (0, 0))).reshape(-1, rows, x_ND.shape[1]),
+    jnp.pad(target_N, (0, padding)).reshape(-1, rows),
+    jnp.pad(weight_N, (0, padding)).reshape(-1, rows),
+  )
+
+
+def _chunk_nll(
+  chunk: _Chunk, kernel_DV: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """nll_n, and the unnormalised softmax exp_nV with its sums total_n."""
+  logit_nV = jnp.matmul(chunk.x_nD.astype(dtype), kernel_DV, preferred_element_type=jnp.float32)
+  top_n = logit_nV.max(-1)
+  chosen_n = jnp.take_along_axis(logit_nV, chunk.target_n[:, None], axis=-1)[:, 0]
+  exp_nV = jnp.exp(logit_nV - top_n[:, None])
+  total_n = exp_nV.sum(-1)
+  return jnp.log(total_n) + top_n - chosen_n, exp_nV, total_n
+
+
+def _forward(x_ND, kernel_DV, target_N, weight_N, rows, dtype):
+  kernel = kernel_DV.astype(dtype)
+
+  def body(carry, chunk):
+    total, grad_DV = carry
+    nll_n, exp_nV, total_n = _chunk_nll(chunk, kernel, dtype)
+    # d nll / d logits = softmax - onehot.
+    hit_nV = jnp.arange(kernel.shape[1])[None, :] == chunk.target_n[:, None]
+    error_nV = exp_nV * (chunk.weight_n / total_n)[:, None]
+    error_nV = jnp.where(hit_nV, error_nV - chunk.weight_n[:, None], error_nV).astype(dtype)
+    grad_nD = jnp.matmul(error_nV, kernel.T, preferred_element_type=jnp.float32)
+    grad_DV = grad_DV + jnp.matmul(
+      chunk.x_nD.astype(dtype).T, error_nV, preferred_element_type=jnp.float32
+    )
+    return (total + jnp.sum(chunk.weight_n * nll_n), grad_DV), (grad_nD, nll_n)
+
+  start = (jnp.zeros(()), jnp.zeros(kernel.shape, jnp.float32))
+  (total, grad_DV), (grad_x, nll) = jax.lax.scan(
+    body, start, _chunks(x_ND, target_N, weight_N, rows)
+  )
+  num_rows = x_ND.shape[0]
+  grad_ND = grad_x.reshape(-1, x_ND.shape[1])[:num_rows]
+  return total, (grad_ND, grad_DV, nll.reshape(-1)[:num_rows])
+
+
+def _backward(rows, dtype, residuals, cotangent):
+  del rows, dtype
+  grad_ND, grad_DV, nll_N = residuals
+  return cotangent * grad_ND, cotangent * grad_DV, None, cotangent * nll_N
+
+
+linear_cross_entropy.defvjp(_forward, _backward)

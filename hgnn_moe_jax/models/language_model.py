@@ -1,0 +1,178 @@
+"""The language model: embeddings, L coupled layers in one scan, output head.
+
+The rest of the project sees `LanguageModel`, a NamedTuple of pure functions of a parameter tree;
+Flax stays in this room.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hgnn_moe_jax.config import ModelConfig
+from hgnn_moe_jax.models import head
+from hgnn_moe_jax.models.coupling import Coupler
+from hgnn_moe_jax.models.expert import ExpertBlocks, matrices
+from hgnn_moe_jax.models.layers import LayerNorm, dropout
+from hgnn_moe_jax.models.routing import Pool
+
+Params = dict[str, Any]
+# (updates_EBTD, weights_BT) -> a pytree of arrays, the same for every layer.
+Measure = Callable[[jax.Array, jax.Array], Any]
+
+
+class Aux(NamedTuple):
+  """What a forward pass reports beside its features. Every field is always there, axis L first."""
+
+  measured: Any  # the measure's result on the experts' updates
+  gate_load_LE: jax.Array  # [L, E] float32: an expert's mean share in the pooled update
+  gate_entropy_L: jax.Array  # [L] float32: mean entropy of a token's gate, nats
+
+
+class LanguageModel(NamedTuple):
+  """Pure functions of the parameters.
+
+  init(key) -> params
+  features(params, inputs_BT, weights_BT, dropout_key) -> (x_BTD, Aux): what the head reads.
+    dropout_key=None switches dropout off. weights_BT (0 or 1) only masks what Aux measures.
+  logits(params, inputs_BT) -> [B, T, V] float32, without dropout.
+  loss(params, x_BTD, targets_BT, weights_BT) -> weighted sum of token losses in nats, float32,
+    computed without ever holding the logits whole.
+  expert_matrices(params, target) -> {role: w_LEDK}, see `expert.matrices`.
+  """
+
+  init: Callable[[jax.Array], Params]
+  features: Callable[[Params, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Aux]]
+  logits: Callable[[Params, jax.Array], jax.Array]
+  loss: Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
+  expert_matrices: Callable[[Params, str], dict[str, jax.Array]]
+
+
+class CoupledLayer(nn.Module):
+  """x_BTD -> x + pool(couple(experts(x)))."""
+
+  config: ModelConfig
+  dtype: jnp.dtype
+  measure: Measure
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, weights_BT: jax.Array, key: jax.Array | None
+  ) -> tuple[jax.Array, Aux]:
+    keys = None if key is None else tuple(jax.random.split(key))
+    updates_EBTD = ExpertBlocks(self.config, self.dtype, name="experts")(x_BTD, keys)
+    coupled_EBTD = Coupler(self.config, self.dtype, name="coupler")(updates_EBTD)
+    z_BTD, gate_BTE = Pool(self.config, name="pool")(coupled_EBTD, x_BTD)
+    entropy_BT = -jnp.sum(jax.scipy.special.xlogy(gate_BTE, gate_BTE), axis=-1)
+    total = jnp.maximum(weights_BT.sum(), 1.0)
+    aux = Aux(
+      measured=self.measure(updates_EBTD, weights_BT),
+      gate_load_LE=jnp.einsum("BTE,BT->E", gate_BTE, weights_BT) / total,
+      gate_entropy_L=jnp.sum(entropy_BT * weights_BT) / total,
+    )
+    return x_BTD + z_BTD, aux
+
+
+def _unroll(num_layers: int) -> int:
+  """Layers per turn of the loop: one, but on CPU up to four.
+
+  XLA's CPU backend copies a loop's stacked activations; a shallow model unrolled took 2/3 of the
+  time. Compile time stays bounded however deep the model is.
+  """
+  return min(num_layers, 4) if jax.default_backend() == "cpu" else 1
+
+
+class Network(nn.Module):
+  """inputs_BT -> (x_BTD, Aux): everything but the head's product, whose kernel it owns."""
+
+  config: ModelConfig
+  vocab_size: int
+  dtype: jnp.dtype
+  measure: Measure
+  remat: bool
+
+  @nn.compact
+  def __call__(
+    self, inputs_BT: jax.Array, weights_BT: jax.Array, key: jax.Array | None
+  ) -> tuple[jax.Array, Aux]:
+    c = self.config
+    table_VD = self.param("embedding", nn.initializers.normal(0.02), (self.vocab_size, c.embed_dim))
+    x_BTD = table_VD[inputs_BT]
+    if c.positions == "learned":
+      shape = (c.max_length, c.embed_dim)
+      position_TD = self.param("positions", nn.initializers.normal(0.02), shape)
+      x_BTD = x_BTD + position_TD[None, : inputs_BT.shape[1]]
+    if not c.tie_embeddings:
+      self.param("head", nn.initializers.normal(0.02), (c.embed_dim, self.vocab_size))
+    if key is None:
+      layer_keys = None
+    else:
+      embedding_key, key = jax.random.split(key)
+      x_BTD = dropout(x_BTD, c.dropout, embedding_key)
+      layer_keys = jax.random.split(key, c.num_layers)
+    layer = nn.remat(CoupledLayer, prevent_cse=False) if self.remat else CoupledLayer
+    scanned = nn.scan(
+      layer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(nn.broadcast, nn.broadcast if layer_keys is None else 0),
+      length=c.num_layers,
+      unroll=_unroll(c.num_layers),
+    )
+    x_BTD, aux = scanned(c, self.dtype, self.measure, name="layers")(x_BTD, weights_BT, layer_keys)
+    return LayerNorm(name="final_norm")(x_BTD), aux
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+  """The dtype of activations and matrix products: bfloat16 on accelerators unless set."""
+  if config.compute_dtype != "auto":
+    return jnp.dtype(config.compute_dtype)
+  return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def head_kernel(params: Params) -> jax.Array:
+  """[D, V] float32: the head's own kernel, or the embedding table transposed if it has none."""
+  return params["head"] if "head" in params else params["embedding"].T
+
+
+def build(
+  config: ModelConfig, vocab_size: int, measure: Measure, remat: bool = False
+) -> LanguageModel:
+  """The model's functions.
+
+  Args:
+    config: a validated ModelConfig.
+    vocab_size: V, number of token ids.
+    measure: applied to every layer's updates_EBTD and the token weights; its results, stacked over
+      layers, are `Aux.measured`. The caller decides what is measured, so that this room need not
+      know the penalties.
+    remat: recompute each layer's activations in the backward pass.
+  """
+  dtype = compute_dtype(config)
+  network = Network(config, vocab_size, dtype, measure, remat)
+
+  def init(key: jax.Array) -> Params:
+    inputs_BT = jnp.zeros((1, 2), jnp.int32)
+    return network.init(key, inputs_BT, jnp.ones((1, 2)), None)["params"]
+
+  def features(params, inputs_BT, weights_BT, dropout_key):
+    return network.apply({"params": params}, inputs_BT, weights_BT, dropout_key)
+
+  def logits(params, inputs_BT):
+    x_BTD, _ = features(params, inputs_BT, jnp.ones(inputs_BT.shape), None)
+    kernel_DV = head_kernel(params).astype(dtype)
+    return jnp.matmul(x_BTD.astype(dtype), kernel_DV, preferred_element_type=jnp.float32)
+
+  def loss(params, x_BTD, targets_BT, weights_BT):
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    rows = head.chunk_rows(x_ND.shape[0], vocab_size)
+    return head.linear_cross_entropy(
+      x_ND, head_kernel(params), targets_BT.reshape(-1), weights_BT.reshape(-1), rows, dtype
+    )
+
+  def expert_matrices(params, target):
+    return matrices(params["layers"]["experts"], target)
+
+  return LanguageModel(init, features, logits, loss, expert_matrices)

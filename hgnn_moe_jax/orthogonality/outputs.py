@@ -1,0 +1,167 @@
+"""Overlap between what the experts do to the same tokens.
+
+An expert's update is its block's output minus the block's input: the residual stream, which all
+experts share, would make any two outputs look alike. Each expert's mean update over the valid
+tokens is removed (centring over tokens, per expert). Removing a token's mean over experts instead
+would force the cosines of random experts to -1 / (E - 1).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hgnn_moe_jax.orthogonality import gram
+
+FORMS = ("cosine", "covariance")
+# An expert whose updates are smaller than this share of the mean scale is pushed to grow.
+_SCALE_MARGIN = 0.5
+
+
+class UpdateOverlap(NamedTuple):
+  """Comparisons of E experts on one batch; inside a scan over layers each has a leading L.
+
+  Attributes:
+    overlap_EE: the chosen form, float32 in [0, 1]; identical 1, orthogonal 0. "cosine": mean over
+      valid tokens of cos^2, random 1 / D. "covariance": `|C_ij|^2 / (|C_ii| |C_jj|)`, Frobenius
+      norms, C_ij the cross-covariance; random about D / (n + D) for n valid tokens.
+    absolute_cosine_EE: mean over valid tokens of |cos|, in [0, 1]; random about sqrt(2 / (pi D)).
+    cosine_EE: mean over valid tokens of cos, in [-1, 1], positive semidefinite; random 0.
+    scale_E: root mean square over valid tokens of the norm of the centred update.
+  """
+
+  overlap_EE: jax.Array
+  absolute_cosine_EE: jax.Array
+  cosine_EE: jax.Array
+  scale_E: jax.Array
+
+
+def update_overlap(
+  updates_EBTD: jax.Array, weights_BT: jax.Array, form: str = "cosine"
+) -> UpdateOverlap:
+  """Compares the experts' token-centred updates, all but the scale independent of scale.
+
+  "cosine" is the penalty of arXiv 2602.14159 on updates, E^2 D multiplications per token.
+  "covariance" is the RV coefficient, that is linear CKA (Kornblith et al. 2019, arXiv 1905.00414,
+  section 3): also blind to a rotation of one expert's update space, E^2 D^2 per token. Nothing of
+  shape E x E x tokens x D is made. A token whose update is zero has cosine 0.
+
+  Args:
+    updates_EBTD: block output minus block input, `[E, B, T, D]`.
+    weights_BT: 1 for valid tokens, 0 for padding, `[B, T]`; other values are not meant.
+    form: what `overlap_EE` holds, "cosine" or "covariance".
+
+  Returns:
+    `UpdateOverlap`, float32. All zero if no token is valid.
+
+  Raises:
+    ValueError: an unknown form, or shapes that do not fit.
+  """
+  _check(form)
+  if updates_EBTD.ndim != 4 or updates_EBTD.shape[1:3] != weights_BT.shape:
+    raise ValueError(
+      "updates_EBTD and weights_BT must be [E, B, T, D] and [B, T], got "
+      f"{updates_EBTD.shape} and {weights_BT.shape}"
+    )
+  weights_BT = weights_BT.astype(jnp.float32)
+  shares_BT = weights_BT / jnp.maximum(jnp.sum(weights_BT), 1.0)
+  updates_EBTD = updates_EBTD.astype(jnp.float32)
+  mean_ED = gram.contract("ebtd,bt->ed", updates_EBTD, shares_BT)
+  # Masked tokens become zero vectors: they add nothing to any sum below.
+  centred_EBTD = (updates_EBTD - mean_ED[:, None, None, :]) * weights_BT[None, :, :, None]
+
+  products_BTEE = gram.contract("ebtd,fbtd->btef", centred_EBTD, centred_EBTD)
+  cosine_BTEE = gram.normalize(products_BTEE)
+  squared_scale_E = jnp.einsum("btee,bt->e", products_BTEE, shares_BT)
+  if form == "cosine":
+    overlap_EE = _token_mean(jnp.square(cosine_BTEE), shares_BT)
+  else:
+    overlap_EE = _covariance_overlap(centred_EBTD, shares_BT, squared_scale_E)
+  return UpdateOverlap(
+    overlap_EE=overlap_EE,
+    absolute_cosine_EE=_token_mean(jnp.abs(cosine_BTEE), shares_BT),
+    cosine_EE=_token_mean(cosine_BTEE, shares_BT),
+    # sqrt with a finite derivative at 0
+    scale_E=squared_scale_E * gram.inverse_norm(squared_scale_E),
+  )
+
+
+def output_penalty(overlap_LEE: jax.Array, scale_LE: jax.Array, form: str) -> jax.Array:
+  """The scalar per layer that training adds to its loss.
+
+  "cosine": mean over pairs of the overlap. "covariance": the same plus the variance guard
+  `mean_e relu(1 - scale_e / (gamma m))^2`, gamma = 0.5, m the mean scale of the layer's experts
+  with its gradient stopped: VICReg's hinge (Bardes et al. 2022, arXiv 2105.04906, equation 1) in
+  units of the experts' own scale. A covariance is dominated by an expert's largest updates; with
+  the guard an expert cannot settle it by falling silent.
+
+  Args:
+    overlap_LEE: `[..., E, E]`, of the same form.
+    scale_LE: `[..., E]`; only the covariance form reads it.
+    form: "cosine" or "covariance".
+
+  Returns:
+    `[...]` float32, scale-invariant, in [0, 1] (cosine) or [0, 2] (covariance). Random: 1 / D or
+    about D / (n + D). Identical: 1. Orthogonal and of similar scale: 0. One expert: 0.
+
+  Raises:
+    ValueError: an unknown form.
+  """
+  _check(form)
+  mean_overlap_L = gram.off_diagonal_mean(overlap_LEE)
+  if form == "cosine":
+    return mean_overlap_L
+  mean_scale_L = jax.lax.stop_gradient(jnp.mean(scale_LE, axis=-1, keepdims=True))
+  active = mean_scale_L > 0.0
+  relative_LE = scale_LE / (_SCALE_MARGIN * jnp.where(active, mean_scale_L, 1.0))
+  guard_LE = jnp.where(active, jnp.square(jax.nn.relu(1.0 - relative_LE)), 0.0)
+  return mean_overlap_L + jnp.mean(guard_LE, axis=-1)
+
+
+def output_specialization(absolute_cosine_LEE: jax.Array) -> jax.Array:
+  """`1 - mean over pairs of |cos|` of the experts' updates to the same tokens.
+
+  Args:
+    absolute_cosine_LEE: `[..., E, E]`.
+
+  Returns:
+    `[...]` float32 in [0, 1]. Random: `output_specialization_chance`. Identical: 0. Orthogonal: 1.
+    One expert: 1.
+  """
+  return 1.0 - gram.off_diagonal_mean(absolute_cosine_LEE)
+
+
+def output_specialization_chance(embed_dim: int) -> float:
+  """Expected `output_specialization` of independent isotropic updates in D dimensions."""
+  return 1.0 - gram.absolute_cosine_chance(embed_dim)
+
+
+def output_overlap_chance(embed_dim: int, num_tokens: int, form: str) -> float:
+  """Expected off-diagonal `overlap_EE` of independent isotropic updates.
+
+  "cosine": 1 / D exactly. "covariance": D / (n + D) for n = `num_tokens` valid tokens, since with n
+  - 1 degrees of freedom E|C_ij|^2 = D^2 (n - 1) and E|C_ii|^2 = D (n - 1) (n + D) for unit normals.
+  """
+  _check(form)
+  return 1 / embed_dim if form == "cosine" else embed_dim / (num_tokens + embed_dim)
+
+
+def _covariance_overlap(
+  centred_EBTD: jax.Array, shares_BT: jax.Array, squared_scale_E: jax.Array
+) -> jax.Array:
+  # Fourth powers of the updates follow; at unit scale they stay inside float32's range. The overlap
+  # does not depend on the scale, so no gradient needs to pass through it.
+  inverse_E = gram.inverse_norm(jax.lax.stop_gradient(squared_scale_E))
+  unit_EBTD = centred_EBTD * inverse_E[:, None, None, None]
+  weighted_EBTD = unit_EBTD * shares_BT[None, :, :, None]
+  covariance_EEDD = gram.contract("ebtd,fbtg->efdg", weighted_EBTD, unit_EBTD)
+  return gram.normalize(jnp.sum(jnp.square(covariance_EEDD), axis=(-2, -1)))
+
+
+def _token_mean(values_BTEE: jax.Array, shares_BT: jax.Array) -> jax.Array:
+  return gram.contract("btef,bt->ef", values_BTEE, shares_BT)
+
+
+def _check(form: str) -> None:
+  if form not in FORMS:
+    raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")

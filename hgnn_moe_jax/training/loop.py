@@ -1,0 +1,360 @@
+"""The training loop: dispatch, record, evaluate, save, stop when asked.
+
+The host runs ahead of the device by one dispatch and never waits for a result but at an
+evaluation, a checkpoint and the end.
+"""
+
+import math
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hgnn_moe_jax.config import Config
+from hgnn_moe_jax.data.corpus import Corpus, load_corpus, unigram_perplexity
+from hgnn_moe_jax.data.examples import Batch, Examples, gather, place
+from hgnn_moe_jax.data.pipeline import Order, host_batches
+from hgnn_moe_jax.errors import NonFiniteError, Preempted
+from hgnn_moe_jax.training import run_folder
+from hgnn_moe_jax.training.assembly import Assembly, assemble, chance_levels
+from hgnn_moe_jax.training.checkpoint import Checkpointer
+from hgnn_moe_jax.training.evaluation import Evaluator
+from hgnn_moe_jax.training.optimizer import averaged_params
+from hgnn_moe_jax.training.progress import Display, Tracker, make_display
+from hgnn_moe_jax.training.records import MetricWriter, environment, train_fields, write_json
+from hgnn_moe_jax.training.state import StepRecord
+from hgnn_moe_jax.training.step import Feed, as_count, init_state, make_dispatch, make_train_step
+
+
+class Pending(NamedTuple):
+  """Records of steps first_step + 1 ... first_step + n that may still be under way."""
+
+  first_step: int
+  n: int
+  records: StepRecord
+
+
+class Feeder:
+  """Feeds of up to K steps from any step on, from the device or prepared ahead by a thread."""
+
+  def __init__(self, examples: Examples, order: Order, config: Config, fill: int, start: int):
+    self._order, self._max_steps = order, config.training.steps_per_dispatch
+    self._length, self._fill = config.model.max_length, fill
+    self._examples, on_device = place(examples, config.data.placement)
+    self._batches: Iterator[Batch] | None = None
+    if not on_device:
+      self._batches = host_batches(examples, order, self._length, fill, start)
+
+  def example(self) -> Feed:
+    """A feed of the right shapes that takes nothing from the stream; for compilation."""
+    rows = np.full((self._max_steps, self._order.indices(0).size), -1, np.int32)
+    if self._batches is None:
+      return Feed(self._examples, rows, None)
+    batches = [gather(self._examples, row, self._length, self._fill) for row in rows]
+    return Feed(None, None, jax.tree.map(lambda *a: np.stack(a), *batches))
+
+  def __call__(self, step: int, n: int) -> Feed:
+    missing = self._max_steps - n
+    if self._batches is None:
+      rows = [self._order.indices(step + k) for k in range(n)]
+      return Feed(self._examples, np.stack(rows + rows[:1] * missing), None)
+    batches = [next(self._batches) for _ in range(n)]
+    return Feed(
+      None, None, jax.tree.map(lambda *a: np.stack(a), *(batches + batches[:1] * missing))
+    )
+
+
+class Clock:
+  """Training time without compilation, evaluation and saving; seconds."""
+
+  def __init__(self, train_seconds: float):
+    self.train_seconds = train_seconds
+    self._since = time.perf_counter()
+
+  def restart(self) -> None:
+    self._since = time.perf_counter()
+
+  def lap(self) -> float:
+    now = time.perf_counter()
+    lap, self._since = now - self._since, now
+    self.train_seconds += lap
+    return lap
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+  """An event that SIGTERM or Ctrl-C sets; a second one of them acts at once."""
+  event, previous = threading.Event(), {}
+
+  def ask(number, frame):
+    del frame
+    event.set()
+    signal.signal(number, previous[number])
+
+  if threading.current_thread() is not threading.main_thread():  # e.g. in a notebook's executor
+    yield event
+    return
+  for number in (signal.SIGTERM, signal.SIGINT):
+    previous[number] = signal.signal(number, ask)
+  try:
+    yield event
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def train(config: Config, workdir: pathlib.Path, quiet: bool = False) -> dict[str, Any]:
+  """Trains, or continues, the run in `workdir` to its end; returns what summary.json holds.
+
+  Raises:
+    ConfigError, UserError: something in the config, the data or the folder cannot work.
+    NonFiniteError: the loss or the gradient became infinite or NaN.
+    Preempted: SIGTERM or Ctrl-C; the state is saved.
+  """
+  config.validate()
+  with run_folder.locked(workdir):
+    corpus = load_corpus(config)
+    assembly = assemble(config, corpus)
+    run_folder.claim(workdir, config, _details(config, corpus, assembly))
+    with stop_requests() as stop:
+      run = Run(config, workdir, corpus, assembly, stop, quiet)
+      try:
+        return run.train()
+      finally:
+        run.close()
+
+
+class Run:
+  """One process's work on a run: the state and everything that watches it."""
+
+  def __init__(
+    self,
+    config: Config,
+    workdir: pathlib.Path,
+    corpus: Corpus,
+    assembly: Assembly,
+    stop: threading.Event,
+    quiet: bool,
+  ):
+    self.config, self.workdir, self.assembly, self.stop = config, workdir, assembly, stop
+    self.corpus, self.fill = corpus, corpus.tokenizer.end_of_text
+    self.total = assembly.total_steps
+    self.checkpointer = Checkpointer(workdir, config.training.keep_checkpoints)
+    restored = self.checkpointer.restore_latest(assembly.abstract_state)
+    if restored is None:
+      self.state = init_state(assembly.model, assembly.optimizer, assembly.controller, config.seed)
+      note = {
+        "metrics_bytes": 0,
+        "tokens_seen": 0,
+        "train_seconds": 0.0,
+        "best": None,
+        "last": None,
+      }
+    else:
+      self.state, note = restored
+    self.step = int(self.state.step)
+    self.tokens_seen, self.clock = note["tokens_seen"], Clock(note["train_seconds"])
+    self.best, self.last = note["best"], note["last"]
+    self.compile_seconds = 0.0
+    self.tracker = Tracker(config, workdir)
+    self.display: Display = make_display(self.total, self.step, quiet)
+    self.metrics = MetricWriter(workdir, keep_bytes=note["metrics_bytes"])
+    self.evaluator = Evaluator(
+      assembly.model,
+      corpus.splits["validation"],
+      config.evaluation.batch_size or config.training.batch_size,
+      config.model.max_length,
+      self.fill,
+      config.data.placement,
+    )
+    if restored is not None:
+      self.display.message(f"continuing {workdir} from step {self.step} of {self.total}")
+
+  def train(self) -> dict[str, Any]:
+    if self.step < self.total:
+      self._train_steps()
+    self.checkpointer.wait()
+    return self._summarize()
+
+  def close(self) -> None:
+    self.display.close()
+    self.tracker.close()
+    self.metrics.close()
+    self.checkpointer.close()
+
+  def _train_steps(self) -> None:
+    c = self.config
+    train_split = self.corpus.splits["train"]
+    order = Order(train_split.examples.num_examples, c.seed, c.training.batch_size)
+    feeder = Feeder(train_split.examples, order, c, self.fill, self.step)
+    dispatch = self._compile(feeder)
+    pending: Pending | None = None
+    self.clock.restart()
+    while self.step < self.total:
+      n = self._steps_to_take()
+      self.state, records = dispatch(self.state, feeder(self.step, n), as_count(n))
+      if pending is not None:
+        self._record(pending)
+      pending = Pending(self.step, n, records)
+      self.step += n
+      if self._due() or self.stop.is_set():
+        self._record(pending)
+        pending = None
+        self._evaluate_and_save()
+        self.clock.restart()
+      if self.stop.is_set() and self.step < self.total:
+        self._preempt()
+
+  def _compile(self, feeder: Feeder) -> Any:
+    """The compiled dispatch; its time counts as compilation, not as training."""
+    a, started = self.assembly, time.perf_counter()
+    step = make_train_step(a.model, a.optimizer, a.controller, a.learning_rate, self.config)
+    dispatch = make_dispatch(
+      step, self.config.training.steps_per_dispatch, self.config.model.max_length, self.fill
+    )
+    compiled = dispatch.lower(self.state, feeder.example(), as_count(1)).compile()
+    self.compile_seconds += time.perf_counter() - started
+    return compiled
+
+  def _steps_to_take(self) -> int:
+    """Up to the next multiple of every cadence, so that resuming meets the same borders."""
+    t = self.config.training
+    cadences = (t.steps_per_dispatch, t.checkpoint_every, self.config.evaluation.every)
+    return min(self.total - self.step, *(c - self.step % c for c in cadences))
+
+  def _due(self) -> bool:
+    cadences = (self.config.training.checkpoint_every, self.config.evaluation.every)
+    return self.step == self.total or any(self.step % c == 0 for c in cadences)
+
+  def _record(self, pending: Pending) -> None:
+    """Waits for the records, writes them, and stops the run if a number is not finite."""
+    records = jax.tree.map(np.asarray, pending.records)
+    seconds = self.clock.lap()
+    tokens = int(records.tokens[: pending.n].sum())
+    self.tokens_seen += tokens
+    t = self.config.training
+    for k in range(pending.n):
+      step = pending.first_step + k + 1
+      one = jax.tree.map(lambda a, k=k: a[k], records)
+      finite = math.isfinite(one.loss) and math.isfinite(one.grad_norm)
+      if step % t.log_every == 0 or step == self.total or not finite:
+        fields = train_fields(one, self.config.adaptive.signal, tokens / seconds)
+        self.metrics.write("train", step, **fields)
+        self.tracker.log("train", step, fields)
+        self.display.train(step, fields)
+      if not finite:
+        self._non_finite(step, one)
+
+  def _non_finite(self, step: int, record: StepRecord) -> None:
+    self.metrics.write("event", step, name="non_finite")
+    self.metrics.flush()
+    self.checkpointer.wait()
+    saved = self.checkpointer.latest_step()
+    kept = f"the checkpoint of step {saved} is kept" if saved is not None else "nothing was saved"
+    raise NonFiniteError(
+      f"step {step}: loss={float(record.loss)} grad_norm={float(record.grad_norm)}; {kept}. "
+      "Lower config.training.learning_rate, raise config.training.warmup_steps or set "
+      "config.training.clip_norm, and start in a new --workdir"
+    )
+
+  def _evaluate_and_save(self) -> None:
+    """What is due at this step, in the order: evaluation, event, checkpoint."""
+    c, step, improved = self.config, self.step, False
+    if step % c.evaluation.every == 0 or step == self.total:
+      improved = self._evaluate()
+    if improved or step % c.training.checkpoint_every == 0 or step == self.total:
+      self.metrics.write("event", step, name="checkpoint")
+      self._save()
+
+  def _evaluate(self) -> bool:
+    """Scores the validation split; True if it is the best so far."""
+    params = averaged_params(self.state.opt_state, self.state.params)
+    score = self.evaluator(params)
+    self.last = {"step": self.step, "split": "validation", **score._asdict()}
+    fields = {k: v for k, v in self.last.items() if k != "step"}
+    self.metrics.write("eval", self.step, **fields)
+    self.tracker.log("eval", self.step, fields)
+    self.display.message(
+      f"step {self.step} validation: token perplexity {score.token_perplexity:.2f}, "
+      f"word perplexity {score.word_perplexity:.2f}, bits per byte {score.bits_per_byte:.4f}"
+    )
+    improved = self.best is None or score.loss < self.best["loss"]
+    if improved:
+      self.best = self.last
+      self.metrics.write("event", self.step, name="best")
+    return improved
+
+  def _save(self) -> None:
+    measured = self.last is not None and self.last["step"] == self.step
+    note = {
+      "metrics_bytes": self.metrics.flush(),
+      "tokens_seen": self.tokens_seen,
+      "train_seconds": self.clock.train_seconds,
+      "best": self.best,
+      "last": self.last,
+    }
+    self.checkpointer.save(
+      self.step, self.state, note, loss=self.last["loss"] if measured and self.last else None
+    )
+
+  def _preempt(self) -> None:
+    # The two events come after the note: a continued run cuts them off again, and its records
+    # are those of a run that was never interrupted.
+    self._save()
+    self.checkpointer.wait()
+    self.metrics.write("event", self.step, name="checkpoint")
+    self.metrics.write("event", self.step, name="preempted")
+    self.metrics.flush()
+    raise Preempted(
+      f"stopped on request at step {self.step} of {self.total}; everything is saved. "
+      "Run the same command again to continue"
+    )
+
+  def _summarize(self) -> dict[str, Any]:
+    seconds = self.clock.train_seconds
+    summary = {
+      "config_name": self.config.name,
+      "parameters": self.assembly.parameters,
+      "steps": self.step,
+      "tokens_seen": self.tokens_seen,
+      "train_seconds": round(seconds, 3),
+      "compile_seconds": round(self.compile_seconds, 3),
+      "tokens_per_second": round(self.tokens_seen / seconds, 1) if seconds else 0.0,
+      "unigram_perplexity": unigram_perplexity(self.corpus),
+      "best": self.best,
+      "last": self.last,
+      "device": environment()["device"],
+    }
+    if self.compile_seconds or not (self.workdir / "summary.json").exists():
+      write_json(self.workdir / "summary.json", summary)
+    return summary
+
+
+def _details(config: Config, corpus: Corpus, assembly: Assembly) -> dict[str, Any]:
+  """What config.json holds beside the config."""
+  return {
+    "config_name": config.name,
+    "parameters": assembly.parameters,
+    "total_steps": assembly.total_steps,
+    "data": {
+      "fingerprint": corpus.fingerprint,
+      "vocab_size": corpus.tokenizer.vocab_size,
+      **{
+        name: {
+          "examples": split.examples.num_examples,
+          "tokens": split.tokens,
+          "words": split.words,
+          "bytes": split.bytes,
+        }
+        for name, split in corpus.splits.items()
+      },
+    },
+    "chance": chance_levels(config, assembly),
+    **environment(),
+  }

@@ -1,0 +1,226 @@
+"""One optimizer step, and the compiled function that takes several in one dispatch."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hgnn_moe_jax.config import Config
+from hgnn_moe_jax.control.base import Controller, Observation, Strengths
+from hgnn_moe_jax.data.examples import Batch, Examples, gather
+from hgnn_moe_jax.models.language_model import LanguageModel, Params
+from hgnn_moe_jax.orthogonality import gram, outputs, weights
+from hgnn_moe_jax.training.state import StepRecord, TrainState
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepRecord]]
+
+
+class DataTerm(NamedTuple):
+  """What one pass over a batch, or over a part of it, gives."""
+
+  lm_loss: jax.Array
+  output_penalty_L: jax.Array
+  output_specialization_L: jax.Array
+  effective_experts_L: jax.Array
+  gate_load_LE: jax.Array
+  gate_entropy_L: jax.Array
+
+
+class WeightTerm(NamedTuple):
+  penalty_L: jax.Array
+  specialization_L: jax.Array
+
+
+def init_state(
+  model: LanguageModel, optimizer: optax.GradientTransformation, controller: Controller, seed: int
+) -> TrainState:
+  """The state at step 0, made in one jitted call so that no two leaves share a buffer."""
+
+  def init() -> TrainState:
+    init_key, key = jax.random.split(jax.random.key(seed))
+    params = model.init(init_key)
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=optimizer.init(params),
+      control=controller.init(),
+      key=key,
+    )
+
+  return jax.jit(init)()
+
+
+def make_train_step(
+  model: LanguageModel,
+  optimizer: optax.GradientTransformation,
+  controller: Controller,
+  learning_rate: optax.Schedule,
+  config: Config,
+) -> TrainStep:
+  """train_step(state, batch) -> (state, StepRecord), pure and jittable.
+
+  loss = cross-entropy per scored token + sum over layers of weight strength x weight penalty
+  + sum over layers of output strength x output penalty; each strength acts once. The strengths
+  come from the control state before the step, and what the step measures goes into the state
+  after it.
+  """
+  o, rounds = config.orthogonality, config.training.accumulation
+
+  def data_loss(params, batch, strengths, total, key):
+    x_BTD, aux = model.features(params, batch.inputs_BT, batch.weights_BT, key)
+    nll = model.loss(params, x_BTD, batch.targets_BT, batch.weights_BT)
+    overlap = aux.measured
+    term = DataTerm(
+      lm_loss=nll / total,
+      output_penalty_L=outputs.output_penalty(overlap.overlap_EE, overlap.scale_E, o.output_form)
+      / rounds,
+      output_specialization_L=outputs.output_specialization(overlap.absolute_cosine_EE) / rounds,
+      effective_experts_L=gram.effective_experts(overlap.cosine_EE) / rounds,
+      gate_load_LE=aux.gate_load_LE / rounds,
+      gate_entropy_L=aux.gate_entropy_L / rounds,
+    )
+    loss = term.lm_loss
+    if o.output_strength:
+      loss = loss + jnp.sum(strengths.output_L * term.output_penalty_L)
+    return loss, term
+
+  def weight_loss(params, strengths):
+    roles = model.expert_matrices(params, o.weight_target)
+    overlap_LEE = weights.weight_overlap(roles, o.weight_form, o.subspace_rank)
+    term = WeightTerm(gram.off_diagonal_mean(overlap_LEE), weights.weight_specialization(roles))
+    return jnp.sum(strengths.weight_L * term.penalty_L), term
+
+  def data_gradient(params, batch, strengths, key):
+    """Gradient and DataTerm of the whole batch, in `rounds` parts one after the other."""
+    total = jnp.maximum(batch.weights_BT.sum(), 1.0)
+    gradient = jax.grad(data_loss, has_aux=True)
+    if rounds == 1:
+      return gradient(params, batch, strengths, total, key)
+    parts = jax.tree.map(lambda a: a.reshape(rounds, -1, *a.shape[1:]), batch)
+
+    def add_part(carry, xs):
+      part, part_key = xs
+      return jax.tree.map(jnp.add, carry, gradient(params, part, strengths, total, part_key)), None
+
+    keys = None if key is None else jax.random.split(key, rounds)
+    first = jax.tree.map(lambda a: a[0], (parts, keys))
+    shapes = jax.eval_shape(lambda: gradient(params, first[0], strengths, total, first[1]))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add_part, zeros, (parts, keys))[0]
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepRecord]:
+    strengths: Strengths = jax.lax.stop_gradient(controller.strengths(state.control))
+    key = jax.random.fold_in(state.key, state.step) if config.model.dropout else None
+    grads, data = data_gradient(state.params, batch, strengths, key)
+    if o.weight_strength:
+      weight_grads, weight = jax.grad(weight_loss, has_aux=True)(state.params, strengths)
+      grads = jax.tree.map(jnp.add, grads, weight_grads)
+    else:
+      _, weight = weight_loss(state.params, strengths)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    observation = Observation(
+      step=state.step,
+      weight_specialization_L=weight.specialization_L,
+      output_specialization_L=data.output_specialization_L,
+      effective_experts_L=data.effective_experts_L,
+      lm_loss=data.lm_loss,
+    )
+    record = StepRecord(
+      loss=data.lm_loss
+      + jnp.sum(strengths.weight_L * weight.penalty_L)
+      + jnp.sum(strengths.output_L * data.output_penalty_L),
+      lm_loss=data.lm_loss,
+      weight_penalty=weight.penalty_L,
+      output_penalty=data.output_penalty_L,
+      weight_strength=strengths.weight_L,
+      output_strength=strengths.output_L,
+      weight_specialization=weight.specialization_L,
+      output_specialization=data.output_specialization_L,
+      effective_experts=data.effective_experts_L,
+      emergency=controller.flags(state.control).emergency_L,
+      gate_load=data.gate_load_LE,
+      gate_entropy=data.gate_entropy_L,
+      grad_norm=optax.global_norm(grads),
+      learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
+      tokens=batch.weights_BT.sum(),
+    )
+    new_state = TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      control=controller.update(state.control, observation),
+      key=state.key,
+    )
+    return new_state, record
+
+  return train_step
+
+
+class Feed(NamedTuple):
+  """The batches of up to K steps: their examples' indices, or the batches themselves.
+
+  Attributes:
+    examples: on the device, or None if `batches` has the data.
+    indices_KB: int32 [K, B], or None.
+    batches: Batch with a leading axis K, or None.
+  """
+
+  examples: Examples | None
+  indices_KB: Any
+  batches: Batch | None
+
+
+def pick(feed: Feed, k: jax.Array, max_length: int, fill: int) -> Batch:
+  """Batch k of the feed, gathered on the device if the tokens lie there."""
+  if feed.batches is not None:
+    return jax.tree.map(lambda a: a[k], feed.batches)
+  return gather(feed.examples, feed.indices_KB[k], max_length, fill)
+
+
+def make_dispatch(
+  train_step: TrainStep, max_steps: int, max_length: int, fill: int
+) -> Callable[[TrainState, Feed, Any], tuple[TrainState, StepRecord]]:
+  """dispatch(state, feed, n) -> (state, records): n <= max_steps steps in one call.
+
+  n is traced: whatever number of steps a dispatch takes, the same compiled loop body takes them,
+  so results cannot depend on it. Records have a leading axis of max_steps, of which n are filled.
+  The state's buffers are reused.
+  """
+
+  def dispatch(state: TrainState, feed: Feed, n: jax.Array) -> tuple[TrainState, StepRecord]:
+    shapes = jax.eval_shape(lambda s: train_step(s, pick(feed, 0, max_length, fill))[1], state)
+    records = jax.tree.map(lambda s: jnp.zeros((max_steps, *s.shape), s.dtype), shapes)
+
+    def body(k, carry):
+      state, records = carry
+      state, record = train_step(state, pick(feed, k, max_length, fill))
+      records = jax.tree.map(lambda all_, one: all_.at[k].set(one), records, record)
+      return state, records
+
+    return jax.lax.fori_loop(0, n, body, (state, records))
+
+  return jax.jit(dispatch, donate_argnums=0)
+
+
+def make_evaluation(
+  model: LanguageModel, max_batches: int, max_length: int, fill: int
+) -> Callable[[Params, Feed, Any], jax.Array]:
+  """evaluate(params, feed, n) -> [max_batches] float32: each batch's weighted loss, nats."""
+
+  def evaluate(params: Params, feed: Feed, n: jax.Array) -> jax.Array:
+    def body(k, losses_K):
+      batch = pick(feed, k, max_length, fill)
+      x_BTD, _ = model.features(params, batch.inputs_BT, batch.weights_BT, None)
+      return losses_K.at[k].set(model.loss(params, x_BTD, batch.targets_BT, batch.weights_BT))
+
+    return jax.lax.fori_loop(0, n, body, jnp.zeros(max_batches))
+
+  return jax.jit(evaluate)
+
+
+def as_count(n: int) -> np.ndarray:
+  """A loop count as a strongly typed scalar, so that every call has the same signature."""
+  return np.asarray(n, np.int32)
