@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import hypergraph
-from hgnn_moe_jax.models.layers import LayerNorm, fan_in_normal
+from hgnn_moe_jax.models.layers import LayerNorm, fan_in_normal, project
 
 # softplus(_ONE) = 1: learned positive weights start at 1.
 _ONE = 0.5413248546129181
@@ -98,9 +98,8 @@ class AttentionOperator(nn.Module):
   @nn.compact
   def __call__(self, h_EBTD: jax.Array) -> jax.Array:
     D = h_EBTD.shape[-1]
-    query_DD = self.param("query_kernel", fan_in_normal(D), (D, D)).astype(h_EBTD.dtype)
-    key_DD = self.param("key_kernel", fan_in_normal(D), (D, D)).astype(h_EBTD.dtype)
-    query_EBTD, key_EBTD = h_EBTD @ query_DD, h_EBTD @ key_DD
+    query_EBTD = project(h_EBTD, self.param("query_kernel", fan_in_normal(D), (D, D)))
+    key_EBTD = project(h_EBTD, self.param("key_kernel", fan_in_normal(D), (D, D)))
     score_EEBT = jnp.einsum(
       "iBTD,jBTD->ijBT", query_EBTD, key_EBTD, preferred_element_type=jnp.float32
     )
@@ -141,8 +140,8 @@ class Coupler(nn.Module):
     for g in range(c.coupler_layers):
       h_EBTD = LayerNorm(name=f"norm_{g}")(y_EBTD).astype(self.dtype)
       operator = make_operator(c, f"operator_{g}")(h_EBTD)
-      in_DD = self.param(f"in_kernel_{g}", fan_in_normal(D), (D, D)).astype(self.dtype)
-      out_DD = self.param(f"out_kernel_{g}", fan_in_normal(D, gain), (D, D)).astype(self.dtype)
-      message_EBTD = _mix(operator, h_EBTD) @ in_DD
-      y_EBTD = y_EBTD + jax.nn.gelu(message_EBTD) @ out_DD
+      in_DD = self.param(f"in_kernel_{g}", fan_in_normal(D), (D, D))
+      out_DD = self.param(f"out_kernel_{g}", fan_in_normal(D, gain), (D, D))
+      message_EBTD = project(_mix(operator, h_EBTD), in_DD)
+      y_EBTD = y_EBTD + project(jax.nn.gelu(message_EBTD), out_DD)
     return y_EBTD

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import attention
-from hgnn_moe_jax.models.layers import dropout, fan_in_normal, normalize
+from hgnn_moe_jax.models.layers import (
+  dropout,
+  fan_in_normal,
+  normalize,
+  project,
+  project_each,
+  spread,
+)
 
 
 class ExpertBlocks(nn.Module):
@@ -35,7 +42,8 @@ class ExpertBlocks(nn.Module):
     attention_key, ffn_key = keys if keys is not None else (None, None)
     attended_EBTD = self._attention(x_BTD)
     attended_EBTD = dropout(attended_EBTD, self.config.dropout, attention_key)
-    hidden_EBTD = normalize(x_BTD[None] + attended_EBTD.astype(jnp.float32)).astype(self.dtype)
+    stream_EBTD = spread(x_BTD, self.config.num_experts) + attended_EBTD.astype(jnp.float32)
+    hidden_EBTD = normalize(stream_EBTD).astype(self.dtype)
     fed_EBTD = dropout(self._ffn(hidden_EBTD), self.config.dropout, ffn_key)
     return attended_EBTD + fed_EBTD
 
@@ -51,18 +59,17 @@ class ExpertBlocks(nn.Module):
     kernel = kernel * norm_scale_ED[:, :, None, None, None]
     kernel = jnp.einsum("EDSNH->DSENH", kernel).reshape(D, 3 * E * N * H)
     bias = jnp.einsum("ESNH->SENH", bias).reshape(1, 1, 3 * E * N * H)
-    flat_BTX = normalize(x_BTD).astype(self.dtype) @ kernel.astype(self.dtype)
+    flat_BTX = project(normalize(x_BTD).astype(self.dtype), kernel)
     flat_BTX = flat_BTX + bias.astype(self.dtype)
     B, T = x_BTD.shape[:2]
     q, k, v = (part.reshape(B, T, E * N, H) for part in jnp.split(flat_BTX, 3, axis=-1))
     if c.positions == "rotary":
       q, k = attention.rotate(q, jnp.arange(T)), attention.rotate(k, jnp.arange(T))
     mixed_BTEX = attention.causal_attention(q, k, v).reshape(B, T, E, N * H)
-    out = self.param("out_kernel", fan_in_normal(N * H, self._residual_gain), (E, N * H, D))
+    out_EXD = self.param("out_kernel", fan_in_normal(N * H, self._residual_gain), (E, N * H, D))
     out_bias_ED = self.param("out_bias", nn.initializers.zeros, (E, D))
-    return jnp.einsum("BTEX,EXD->EBTD", mixed_BTEX, out.astype(self.dtype)) + out_bias_ED.astype(
-      self.dtype
-    ).reshape(E, 1, 1, D)
+    attended_EBTD = project_each(jnp.moveaxis(mixed_BTEX, 2, 0), out_EXD)
+    return attended_EBTD + out_bias_ED.astype(self.dtype).reshape(E, 1, 1, D)
 
   def _ffn(self, hidden_EBTD: jax.Array) -> jax.Array:
     """hidden_EBTD: normalised, without gain and bias, which are folded into the first kernel."""
@@ -75,10 +82,9 @@ class ExpertBlocks(nn.Module):
     out_EFD = self.param("ffn_out_kernel", fan_in_normal(F, self._residual_gain), (E, F, D))
     out_bias_ED = self.param("ffn_out_bias", nn.initializers.zeros, (E, D))
     bias_EF = bias_EF + jnp.einsum("ED,EDF->EF", norm_bias_ED, kernel_EDF)
-    kernel_EDF = (kernel_EDF * norm_scale_ED[:, :, None]).astype(self.dtype)
-    inner_EBTF = jnp.einsum("EBTD,EDF->EBTF", hidden_EBTD, kernel_EDF)
+    inner_EBTF = project_each(hidden_EBTD, kernel_EDF * norm_scale_ED[:, :, None])
     inner_EBTF = jax.nn.gelu(inner_EBTF + bias_EF.astype(self.dtype).reshape(E, 1, 1, F))
-    outer_EBTD = jnp.einsum("EBTF,EFD->EBTD", inner_EBTF, out_EFD.astype(self.dtype))
+    outer_EBTD = project_each(inner_EBTF, out_EFD)
     return outer_EBTD + out_bias_ED.astype(self.dtype).reshape(E, 1, 1, D)
 
   @property

@@ -49,3 +49,39 @@ def fan_in_normal(fan_in: int, gain: float = 1.0) -> nn.initializers.Initializer
   experts in, and draw all of them too small.
   """
   return nn.initializers.normal(stddev=gain * fan_in**-0.5)
+
+
+def project(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+  """x [..., D] times kernel [D, F] in x's dtype -> [..., F].
+
+  Tokens are flattened to one axis: with several, XLA's CPU backend copies and transposes the
+  operands of the kernel's gradient, which took twice the time of the product itself.
+  """
+  flat_ND = x.reshape(-1, x.shape[-1])
+  return (flat_ND @ kernel_DF.astype(x.dtype)).reshape(*x.shape[:-1], kernel_DF.shape[-1])
+
+
+def project_each(x_EBTD: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
+  """Each expert's own product: x_EBTD, kernel_EDF -> [E, B, T, F] in x's dtype. See `project`."""
+  E, B, T, D = x_EBTD.shape
+  flat_END = x_EBTD.reshape(E, B * T, D)
+  product = jnp.einsum("END,EDF->ENF", flat_END, kernel_EDF.astype(x_EBTD.dtype))
+  return product.reshape(E, B, T, kernel_EDF.shape[-1])
+
+
+def spread(x_BTD: jax.Array, num_experts: int) -> jax.Array:
+  """The same x for every expert, [E, B, T, D]; its gradient is a sum over experts.
+
+  Written as a product with ones, as is `expert_mean`: XLA's CPU backend reduces a leading axis 20
+  times slower than it multiplies (20 ms and 1 ms for 4 x 262,144 entries).
+  """
+  ones_E1 = jnp.ones((num_experts, 1), x_BTD.dtype)
+  return (ones_E1 @ x_BTD.reshape(1, -1)).reshape(num_experts, *x_BTD.shape)
+
+
+def expert_mean(y_EBTD: jax.Array) -> jax.Array:
+  """Mean over experts, [B, T, D], float32."""
+  share_1E = jnp.full((1, y_EBTD.shape[0]), 1 / y_EBTD.shape[0], y_EBTD.dtype)
+  flat_EX = y_EBTD.reshape(y_EBTD.shape[0], -1)
+  mean_1X = jnp.matmul(share_1E, flat_EX, preferred_element_type=jnp.float32)
+  return mean_1X.reshape(y_EBTD.shape[1:])

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from hgnn_moe_jax.config import ModelConfig
-from hgnn_moe_jax.models.layers import LayerNorm
+from hgnn_moe_jax.models.layers import LayerNorm, expert_mean
 
 
 class Pool(nn.Module):
@@ -21,7 +21,7 @@ class Pool(nn.Module):
   def __call__(self, y_EBTD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     E, (B, T, D) = y_EBTD.shape[0], x_BTD.shape
     if self.config.pooling == "mean" or E == 1:
-      return y_EBTD.mean(0, dtype=jnp.float32), jnp.full((B, T, E), 1 / E)
+      return expert_mean(y_EBTD), jnp.full((B, T, E), 1 / E)
     kernel_DE = self.param("gate_kernel", nn.initializers.zeros, (D, E))
     gate_BTE = jax.nn.softmax(LayerNorm(name="norm")(x_BTD) @ kernel_DE, axis=-1)
     pooled_BTD = jnp.einsum(

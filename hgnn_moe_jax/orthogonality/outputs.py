@@ -67,9 +67,8 @@ def update_overlap(
   shares_BT = weights_BT / jnp.maximum(jnp.sum(weights_BT), 1.0)
   updates_EBTD = updates_EBTD.astype(jnp.float32)
   mean_ED = gram.contract("ebtd,bt->ed", updates_EBTD, shares_BT)
-  # Masked tokens become zero vectors: they add nothing to any sum below.
-  centred_EBTD = (updates_EBTD - mean_ED[:, None, None, :]) * weights_BT[None, :, :, None]
-
+  # Masked tokens stay in: every sum over tokens below is weighted, with 0 for them.
+  centred_EBTD = updates_EBTD - mean_ED[:, None, None, :]
   products_BTEE = gram.contract("ebtd,fbtd->btef", centred_EBTD, centred_EBTD)
   cosine_BTEE = gram.normalize(products_BTEE)
   squared_scale_E = jnp.einsum("btee,bt->e", products_BTEE, shares_BT)

@@ -15,6 +15,14 @@ OVERLAPS = {
   "gram": jax.jit(weights.gram_overlap),
   "spectral": jax.jit(lambda w: weights.spectral_overlap(w, RANK)),
 }
+_weight_overlap = jax.jit(weights.weight_overlap, static_argnums=(1, 2))
+_picked_and_gradient = jax.jit(
+  jax.value_and_grad(
+    lambda w, pick, form, rank: jnp.sum(pick * weights.weight_overlap({"w": w}, form, rank))
+  ),
+  static_argnums=(2, 3),
+)
+_PAIRS = (1 - np.eye(3, dtype=np.float32))[None] / 6  # the mean over pairs of three experts
 
 
 def _normal(seed, *shape):
@@ -100,24 +108,24 @@ def test_identical_experts_overlap_fully_and_orthogonal_ones_not_at_all(form):
 
 
 def test_gram_overlap_agrees_with_the_naive_twin_in_value_and_gradient():
-  w, direction = _normal(2, 3, 5, 4), _normal(3, 3, 5, 4).astype(np.float64)
-  np.testing.assert_allclose(weights.gram_overlap(jnp.asarray(w)), _naive_gram(w), atol=1e-6)
+  w, direction = _normal(2, 3, 12, 8), _normal(3, 3, 12, 8).astype(np.float64)
+  np.testing.assert_allclose(OVERLAPS["gram"](jnp.asarray(w)), _naive_gram(w), atol=1e-6)
   pick = _normal(4, 3, 3)
-  gradient = jax.grad(lambda w: jnp.sum(pick * weights.gram_overlap(w)))(jnp.asarray(w))
+  _, gradient = _picked_and_gradient(jnp.asarray(w)[None], pick[None], "gram", RANK)
   ends = [np.sum(pick * _naive_gram(w + h * direction)) for h in (1e-5, -1e-5)]
-  np.testing.assert_allclose(np.sum(gradient * direction), (ends[0] - ends[1]) / 2e-5, rtol=1e-3)
+  np.testing.assert_allclose(np.sum(gradient[0] * direction), (ends[0] - ends[1]) / 2e-5, rtol=1e-3)
 
 
 def test_spectral_overlap_agrees_with_the_naive_twin_in_value_and_gradient():
-  w, direction = _normal(2, 3, 10, 14), _normal(3, 3, 10, 14).astype(np.float64)
+  w, direction = _normal(2, 3, 12, 8), _normal(3, 3, 12, 8).astype(np.float64)
   expected = _naive_iteration_overlap(w, RANK)
   np.testing.assert_allclose(OVERLAPS["spectral"](jnp.asarray(w)), expected, atol=2e-5)
   pick = np.triu(_normal(4, 3, 3), 1)
-  loss = jax.jit(jax.grad(lambda w: jnp.sum(pick * weights.spectral_overlap(w, RANK))))
+  _, gradient = _picked_and_gradient(jnp.asarray(w)[None], pick[None], "spectral", RANK)
   ends = [np.sum(pick * _naive_iteration_overlap(w + h * direction, RANK)) for h in (1e-5, -1e-5)]
   expected = (ends[0] - ends[1]) / 2e-5
   assert abs(expected) > 0.01  # else the comparison says nothing
-  np.testing.assert_allclose(np.sum(loss(jnp.asarray(w)) * direction), expected, rtol=2e-3)
+  np.testing.assert_allclose(np.sum(gradient[0] * direction), expected, rtol=2e-3)
 
 
 @pytest.mark.parametrize("top", [3.0, 30.0, 100.0])
@@ -184,41 +192,38 @@ def test_layers_are_computed_apart(form):
 @pytest.mark.parametrize("silent", [(0,), (0, 1), (0, 1, 2)])
 def test_zero_experts_overlap_with_nobody_and_have_finite_gradients(form, silent):
   w = jnp.asarray(_normal(7, 1, 3, 12, 8)).at[:, silent, ...].set(0.0)
-  overlap, gradient = jax.value_and_grad(
-    lambda w: jnp.sum(weights.weight_overlap({"w": w}, form, RANK)), has_aux=False
-  )(w)
+  overlap, gradient = _picked_and_gradient(w, jnp.ones((1, 3, 3)), form, RANK)
   assert np.isfinite(overlap) and np.all(np.isfinite(gradient))
-  values = weights.weight_overlap({"w": w}, form, RANK)[0]
+  values = OVERLAPS[form](w)[0]
   for e in silent:
     np.testing.assert_array_equal(values[e], np.zeros(3))
 
 
 def test_rank_deficient_experts_count_with_the_directions_they_have():
-  # Two of R = 5 directions each; missing ones must not be filled with the start matrix's.
-  left = _normal(8, 3, 20, 2)
-  w = left @ _normal(9, 3, 2, 16)
+  # Two of R = 3 directions each; missing ones must not be filled with the start matrix's.
+  left = _normal(8, 3, 12, 2)
+  w = jnp.asarray(left @ _normal(9, 3, 2, 8))
   expected = _overlap_of_bases([np.linalg.qr(u.astype(np.float64))[0] for u in left])
-  overlap, gradient = jax.value_and_grad(
-    lambda w: (lambda o: (jnp.sum(o), o))(weights.spectral_overlap(w, 5)), has_aux=True
-  )(jnp.asarray(w))
-  np.testing.assert_allclose(overlap[1], expected, atol=1e-4)
+  np.testing.assert_allclose(OVERLAPS["spectral"](w), expected, atol=1e-4)
+  _, gradient = _picked_and_gradient(w[None], _PAIRS, "spectral", RANK)
   assert np.all(np.isfinite(gradient))
+  # Many more columns than directions: the shifted Gram matrix must stay positive definite.
+  steep = jnp.asarray(_normal(10, 4, 256, 1) @ _normal(11, 4, 1, 16))
+  assert np.all(np.isfinite(weights.spectral_overlap(steep, 64)))
 
 
 @pytest.mark.parametrize("form", weights.FORMS)
-def test_jit_changes_nothing_and_one_expert_has_no_overlap(form):
-  roles = {
-    "in": jnp.asarray(_normal(10, 2, 3, 12, 8)),
-    "out": jnp.asarray(_normal(11, 2, 3, 12, 5)),
-  }
-  plain = weights.weight_overlap(roles, form, RANK)
-  compiled = jax.jit(weights.weight_overlap, static_argnums=(1, 2))(roles, form, RANK)
-  np.testing.assert_allclose(compiled, plain, atol=1e-5)
-  alone = {name: w[:, :1] for name, w in roles.items()}
-  np.testing.assert_array_equal(
-    gram.off_diagonal_mean(weights.weight_overlap(alone, form, RANK)), [0.0, 0.0]
-  )
+def test_one_expert_has_no_overlap(form):
+  alone = {"w": jnp.asarray(_normal(10, 2, 1, 12, 8))}
+  overlap = _weight_overlap(alone, form, RANK)
+  np.testing.assert_array_equal(gram.off_diagonal_mean(overlap), [0.0, 0.0])
   np.testing.assert_array_equal(weights.weight_specialization(alone), [1.0, 1.0])
+
+
+def test_jit_changes_nothing():
+  w = jnp.asarray(_normal(11, 3, 12, 8))
+  np.testing.assert_allclose(weights.gram_overlap(w), OVERLAPS["gram"](w), atol=1e-6)
+  np.testing.assert_allclose(weights.spectral_overlap(w, RANK), OVERLAPS["spectral"](w), atol=1e-5)
 
 
 def test_bfloat16_weights_give_float32_overlaps():
@@ -226,9 +231,9 @@ def test_bfloat16_weights_give_float32_overlaps():
   low = {"w": jnp.asarray(w, jnp.bfloat16)}
   high = {"w": low["w"].astype(jnp.float32)}
   for form in weights.FORMS:
-    overlap = weights.weight_overlap(low, form, RANK)
+    overlap = _weight_overlap(low, form, RANK)
     assert overlap.dtype == jnp.float32
-    np.testing.assert_allclose(overlap, weights.weight_overlap(high, form, RANK), atol=1e-5)
+    np.testing.assert_allclose(overlap, _weight_overlap(high, form, RANK), atol=1e-5)
   assert weights.weight_specialization(low).dtype == jnp.float32
 
 
@@ -241,7 +246,7 @@ def test_roles_are_summed_and_never_mixed(form):
     "out": jnp.asarray(np.stack([shared, _normal(15, 12, 8)]))[None],
   }
   apart = sum(OVERLAPS[form](w) for w in roles.values())
-  np.testing.assert_allclose(weights.weight_overlap(roles, form, RANK), apart, atol=1e-5)
+  np.testing.assert_allclose(_weight_overlap(roles, form, RANK), apart, atol=1e-5)
   np.testing.assert_allclose(jnp.diagonal(apart[0]), [2.0, 2.0], rtol=1e-5)
 
 
@@ -279,15 +284,11 @@ def test_chance_of_the_original_size():
 
 @pytest.mark.parametrize("form", weights.FORMS)
 def test_a_gradient_step_lowers_the_overlap(form):
-  shared = _normal(18, 2, 1, 12, 8)
-  w = jnp.asarray(shared + 0.5 * _normal(19, 2, 4, 12, 8))
-
-  def penalty(w):
-    return jnp.sum(gram.off_diagonal_mean(weights.weight_overlap({"w": w}, form, RANK)))
-
-  before, gradient = jax.value_and_grad(penalty)(w)
-  after = penalty(w - 0.1 * gradient / jnp.linalg.norm(gradient) * jnp.linalg.norm(w))
-  assert after < 0.95 * before
+  w = jnp.asarray(_normal(18, 1, 1, 12, 8) + 0.5 * _normal(19, 1, 3, 12, 8))
+  before, gradient = _picked_and_gradient(w, _PAIRS, form, RANK)
+  step = 0.01 * before / jnp.sum(jnp.square(gradient))  # to first order, a hundredth less
+  after, _ = _picked_and_gradient(w - step * gradient, _PAIRS, form, RANK)
+  assert 0.98 * before < after < 0.995 * before
 
 
 def test_errors_name_parameter_and_value():
