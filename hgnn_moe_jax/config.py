@@ -258,20 +258,28 @@ class Config:
   def from_dict(cls, values: dict[str, Any]) -> "Config":
     """The inverse of `to_dict`. Raises ConfigError on a field this version does not know."""
     groups = {}
-    for field in dataclasses.fields(cls):
-      if field.name in values and dataclasses.is_dataclass(field.type):
-        known = {f.name for f in dataclasses.fields(field.type)}
-        for name in values[field.name]:
-          if name not in known:
-            raise ConfigError(
-              f"{field.name}.{name}", values[field.name][name], "unknown to this version"
-            )
-        groups[field.name] = field.type(**values[field.name])
-      elif field.name in values:
-        groups[field.name] = values[field.name]
-    if unknown := sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):
-      raise ConfigError(unknown[0], values[unknown[0]], "unknown to this version")
+    for name, value in values.items():
+      kind = _GROUPS.get(name)
+      if kind is not None:
+        known = {f.name for f in dataclasses.fields(kind)}
+        if unknown := sorted(set(value) - known):
+          raise ConfigError(f"{name}.{unknown[0]}", value[unknown[0]], "unknown to this version")
+        groups[name] = kind(**value)
+      elif name in ("name", "seed"):
+        groups[name] = value
+      else:
+        raise ConfigError(name, value, "unknown to this version")
     return cls(**groups)
+
+
+_GROUPS: dict[str, Any] = {
+  "model": ModelConfig,
+  "data": DataConfig,
+  "orthogonality": OrthogonalityConfig,
+  "adaptive": AdaptiveConfig,
+  "training": TrainingConfig,
+  "evaluation": EvaluationConfig,
+}
 
 
 def difference(old: Config, new: Config) -> list[str]:

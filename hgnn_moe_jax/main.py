@@ -11,10 +11,10 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from hgnn_moe_jax import report
 from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.data.cache import cache_root
 from hgnn_moe_jax.errors import UserError
+from hgnn_moe_jax.training import report
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", help_string="File with get_config(); override with --config.group.field=value."

@@ -47,12 +47,13 @@ def half_operators(
   incidence_EM: np.ndarray, weight_M: jax.Array, normalization: str
 ) -> tuple[jax.Array, jax.Array]:
   """The operator's two halves without D_e^-1: (D_v^-a H W) [E, M] and (H^T D_v^-b) [M, E]."""
-  degree_E = incidence_EM @ weight_M
+  members_EM = jnp.asarray(incidence_EM)
+  degree_E = members_EM @ weight_M
   if normalization == "symmetric":
     scale_E = _inverse_power(degree_E, 0.5)
-    return scale_E[:, None] * incidence_EM * weight_M[None], incidence_EM.T * scale_E[None]
+    return scale_E[:, None] * members_EM * weight_M[None], members_EM.T * scale_E[None]
   scale_E = _inverse_power(degree_E, 1.0)
-  return scale_E[:, None] * incidence_EM * weight_M[None], jnp.asarray(incidence_EM.T)
+  return scale_E[:, None] * members_EM * weight_M[None], members_EM.T
 
 
 def membership_slots(hyperedges: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -106,18 +106,19 @@ class Network(nn.Module):
       x_BTD = x_BTD + position_TD[None, : inputs_BT.shape[1]]
     if not c.tie_embeddings:
       self.param("head", nn.initializers.normal(0.02), (c.embed_dim, self.vocab_size))
-    if key is None:
-      layer_keys = None
-    else:
-      embedding_key, key = jax.random.split(key)
+    layer_keys = None
+    if key is not None:
+      embedding_key, layers_key = jax.random.split(key)
       x_BTD = dropout(x_BTD, c.dropout, embedding_key)
-      layer_keys = jax.random.split(key, c.num_layers)
+      layer_keys = jax.random.split(layers_key, c.num_layers)
     layer = nn.remat(CoupledLayer, prevent_cse=False) if self.remat else CoupledLayer
+    # Flax's annotation of in_axes knows integers only.
+    in_axes: Any = (nn.broadcast, nn.broadcast if layer_keys is None else 0)
     scanned = nn.scan(
       layer,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(nn.broadcast, nn.broadcast if layer_keys is None else 0),
+      in_axes=in_axes,
       length=c.num_layers,
       unroll=_unroll(c.num_layers),
     )
@@ -155,22 +156,24 @@ def build(
 
   def init(key: jax.Array) -> Params:
     inputs_BT = jnp.zeros((1, 2), jnp.int32)
-    return network.init(key, inputs_BT, jnp.ones((1, 2)), None)["params"]
+    return dict(network.init(key, inputs_BT, jnp.ones((1, 2)), None)["params"])
 
-  def features(params, inputs_BT, weights_BT, dropout_key):
-    return network.apply({"params": params}, inputs_BT, weights_BT, dropout_key)
+  def features(params, inputs_BT, weights_BT, dropout_key) -> tuple[jax.Array, Aux]:
+    output: Any = network.apply({"params": params}, inputs_BT, weights_BT, dropout_key)
+    return output
 
   def logits(params, inputs_BT):
     x_BTD, _ = features(params, inputs_BT, jnp.ones(inputs_BT.shape), None)
     kernel_DV = head_kernel(params).astype(dtype)
     return jnp.matmul(x_BTD.astype(dtype), kernel_DV, preferred_element_type=jnp.float32)
 
-  def loss(params, x_BTD, targets_BT, weights_BT):
+  def loss(params, x_BTD, targets_BT, weights_BT) -> jax.Array:
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     rows = head.chunk_rows(x_ND.shape[0], vocab_size)
-    return head.linear_cross_entropy(
+    total: Any = head.linear_cross_entropy(
       x_ND, head_kernel(params), targets_BT.reshape(-1), weights_BT.reshape(-1), rows, dtype
     )
+    return total
 
   def expert_matrices(params, target):
     return matrices(params["layers"]["experts"], target)

@@ -94,7 +94,7 @@ class Checkpointer:
         str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
       )
       raise UserError(f"checkpoint {self._folder / str(step)} cannot be read ({reason})") from error
-    return restored.state, restored.note
+    return restored["state"], restored["note"]
 
   def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest checkpoint that can be read, or None if there is none at all.

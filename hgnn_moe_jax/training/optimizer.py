@@ -81,9 +81,11 @@ def parameter_average(decay: float) -> optax.GradientTransformation:
   def init(params):
     return AverageState(jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32))
 
-  def update(updates, state, params):
+  def update(updates, state, params=None):
     t = state.count.astype(jnp.float32)
     d = jnp.minimum(decay, (1.0 + t) / (10.0 + t))
+    if params is None:
+      raise ValueError("parameter_average needs the parameters; pass them to update")
     new_params = optax.apply_updates(params, updates)
     ema = jax.tree.map(lambda e, p: d * e + (1.0 - d) * p, state.ema_params, new_params)
     return updates, AverageState(ema, state.count + 1)

@@ -173,9 +173,9 @@ class Feed(NamedTuple):
   batches: Batch | None
 
 
-def pick(feed: Feed, k: jax.Array, max_length: int, fill: int) -> Batch:
+def pick(feed: Feed, k: jax.Array | int, max_length: int, fill: int) -> Batch:
   """Batch k of the feed, gathered on the device if the tokens lie there."""
-  if feed.batches is not None:
+  if feed.examples is None:
     return jax.tree.map(lambda a: a[k], feed.batches)
   return gather(feed.examples, feed.indices_KB[k], max_length, fill)
 

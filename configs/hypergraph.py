@@ -1,0 +1,22 @@
+"""Four experts coupled by a hypergraph network over all triplets. WikiText-2, D128 L2 E4.
+
+python -m hgnn_moe_jax.main --config=configs/hypergraph.py
+
+Shows: what messages within groups of three bring over pairs (`graph`).
+RESULT
+"""
+
+from hgnn_moe_jax.config import Config
+
+
+def get_config() -> Config:
+  c = Config(name="hypergraph")
+  c.model.embed_dim, c.model.num_layers, c.model.num_heads = 128, 2, 4
+  c.model.dropout = 0.0  # half a pass over the text: nothing to overfit
+  c.data.source, c.data.path, c.data.name = "hf", "Salesforce/wikitext", "wikitext-2-v1"
+  c.data.rows = "lines"
+  c.data.tokenizer, c.data.vocab_size = "bpe", 8192
+  c.training.steps, c.training.batch_size = 600, 16
+  c.training.learning_rate, c.training.warmup_steps = 2e-3, 60
+  c.model.num_experts, c.model.coupler, c.model.hyperedges = 4, "hypergraph", "triplets"
+  return c

@@ -1,0 +1,24 @@
+"""Graph-coupled experts with a constant penalty on the cosine of their updates, token by token.
+
+python -m hgnn_moe_jax.main --config=configs/static_output.py
+
+Shows: what functional orthogonality does to the loss.
+RESULT
+"""
+
+from hgnn_moe_jax.config import Config
+
+
+def get_config() -> Config:
+  c = Config(name="static_output")
+  c.model.embed_dim, c.model.num_layers, c.model.num_heads = 128, 2, 4
+  c.model.dropout = 0.0  # half a pass over the text: nothing to overfit
+  c.data.source, c.data.path, c.data.name = "hf", "Salesforce/wikitext", "wikitext-2-v1"
+  c.data.rows = "lines"
+  c.data.tokenizer, c.data.vocab_size = "bpe", 8192
+  c.training.steps, c.training.batch_size = 600, 16
+  c.training.learning_rate, c.training.warmup_steps = 2e-3, 60
+  c.model.num_experts, c.model.coupler = 4, "graph"
+  c.orthogonality.output_strength, c.orthogonality.warmup_steps = 0.1, 60
+  c.adaptive.signal = "output"
+  return c
