@@ -17,6 +17,6 @@ def get_config() -> Config:
   c.data.rows = "lines"
   c.data.tokenizer, c.data.vocab_size = "bpe", 8192
   c.training.steps, c.training.batch_size = 600, 16
-  c.training.learning_rate, c.training.warmup_steps = 2e-3, 60
+  c.training.learning_rate, c.training.warmup_steps = 4e-3, 60
   c.model.num_experts, c.model.coupler = 4, "mean"
   return c

@@ -16,7 +16,7 @@ def get_config() -> Config:
   c.model.num_experts = 4
   c.model.dropout = 0.0  # less than one pass over the text: nothing to overfit
   c.data.tokenizer, c.data.vocab_size = "bpe", 8192
-  c.training.steps, c.training.batch_size = 240, 16
-  c.training.learning_rate, c.training.warmup_steps = 2e-3, 24
+  c.training.steps, c.training.batch_size = 160, 16
+  c.training.learning_rate, c.training.warmup_steps = 4e-3, 16
   c.evaluation.every = 80
   return c

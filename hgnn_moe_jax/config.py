@@ -1,8 +1,9 @@
 """The whole configuration of a run: typed dataclasses, validation, JSON, difference.
 
 Every knob of the project is a field here; nothing reads a default from anywhere else. The classes
-are plain mutable dataclasses because `ml_collections.config_flags` sets overrides on them
-(`--config.model.num_experts=8`); after `Config.validate()` nobody changes them.
+are mutable dataclasses because `ml_collections.config_flags` sets overrides on them
+(`--config.model.num_experts=8`); after `Config.validate()` nobody changes them. They have slots, so
+that a misspelt field in a config file is an error and not a new attribute that nobody reads.
 
 A field whose metadata says `meaning=False` may change between a run and its continuation without
 changing any result (how often to log, where the cache lies). All others must agree on resume.
@@ -27,7 +28,7 @@ def _free(default: Any) -> Any:
   return dataclasses.field(default=default, metadata={"meaning": False})
 
 
-@dataclasses.dataclass(unsafe_hash=True)
+@dataclasses.dataclass(unsafe_hash=True, slots=True)
 class ModelConfig:
   """The network. Letters: D embed_dim, L num_layers, N num_heads, E num_experts."""
 
@@ -82,7 +83,7 @@ class ModelConfig:
     return tuple(tuple(edge) for edge in edges)
 
 
-@dataclasses.dataclass(unsafe_hash=True)
+@dataclasses.dataclass(unsafe_hash=True, slots=True)
 class DataConfig:
   """Text -> tokens -> examples."""
 
@@ -103,7 +104,7 @@ class DataConfig:
   placement: str = _free("auto")  # device, host, or auto: on the device up to 256 MiB of tokens
 
 
-@dataclasses.dataclass(unsafe_hash=True)
+@dataclasses.dataclass(unsafe_hash=True, slots=True)
 class OrthogonalityConfig:
   """Which penalties act between the experts of a layer, and how strongly at most."""
 
@@ -116,7 +117,7 @@ class OrthogonalityConfig:
   warmup_steps: int = 0  # strengths rise linearly from 0 over so many steps
 
 
-@dataclasses.dataclass(unsafe_hash=True)
+@dataclasses.dataclass(unsafe_hash=True, slots=True)
 class AdaptiveConfig:
   """Who sets the strengths during training."""
 
@@ -124,7 +125,7 @@ class AdaptiveConfig:
   signal: str = "weight"  # the specialization that is controlled and logged: weight or output
 
 
-@dataclasses.dataclass(unsafe_hash=True)
+@dataclasses.dataclass(unsafe_hash=True, slots=True)
 class TrainingConfig:
   """One of `steps` and `epochs` gives the length of the run; the other is 0."""
 
@@ -132,7 +133,7 @@ class TrainingConfig:
   epochs: float = 0.0
   batch_size: int = 32  # examples per step, over all devices and accumulation rounds
   accumulation: int = 1  # a step's batch is computed in so many rounds to save memory
-  optimizer: str = "adamw"  # adamw or muon (matrices by Muon, the rest by AdamW)
+  optimizer: str = "adamw"  # adamw or muon (matrices by Muon, the rest by NAdamW)
   learning_rate: float = 5e-4
   schedule: str = "cosine"  # cosine, wsd (warm-up, stable, decay) or constant, after the warm-up
   warmup_steps: int = 0
@@ -152,7 +153,7 @@ class TrainingConfig:
   wandb_project: str = _free("")  # log to this Weights & Biases project; extra `wandb`
 
 
-@dataclasses.dataclass(unsafe_hash=True)
+@dataclasses.dataclass(unsafe_hash=True, slots=True)
 class EvaluationConfig:
   """When and how the validation split is scored."""
 
@@ -161,7 +162,7 @@ class EvaluationConfig:
   stride: int = 0  # 0: windows side by side; else each window scores its last `stride` tokens only
 
 
-@dataclasses.dataclass(unsafe_hash=True)
+@dataclasses.dataclass(unsafe_hash=True, slots=True)
 class Config:
   """A run. `configs/*.py` build one in `get_config()`."""
 
@@ -176,6 +177,9 @@ class Config:
 
   def validate(self) -> "Config":
     """Returns self, or raises ConfigError naming the first field that cannot work and the cure."""
+    _require_types(self)
+    if not 0 <= self.seed < 2**32:
+      raise ConfigError("seed", self.seed, "use a value in [0, 2**32)")
     for field, choices in _CHOICES.items():
       _require(self, field, lambda v, c=choices: v in c, f"use one of {', '.join(choices)}")
     for field, (low, high) in _RANGES.items():
@@ -298,6 +302,16 @@ def difference(old: Config, new: Config) -> list[str]:
   return lines
 
 
+def _require_types(config: Any, prefix: str = "") -> None:
+  """Command-line values are converted and checked by their flags; those in a file are not."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.type in _GROUPS.values():
+      _require_types(value, f"{field.name}.")
+    elif type(value) is not field.type and not (field.type is float and type(value) is int):
+      raise ConfigError(prefix + field.name, value, f"use a value of type {field.type.__name__}")
+
+
 def _require(config: Config, field: str, holds: Any, cure: str) -> None:
   group, name = field.split(".")
   value = getattr(getattr(config, group), name)
@@ -334,6 +348,7 @@ _RANGES = {
   "model.dropout": (0.0, 0.99),
   "model.max_length": (2, math.inf),
   "data.vocab_size": (258, math.inf),
+  "data.split_seed": (0, math.inf),
   "orthogonality.weight_strength": (0.0, math.inf),
   "orthogonality.output_strength": (0.0, math.inf),
   "orthogonality.subspace_rank": (1, math.inf),

@@ -4,8 +4,11 @@ python -m hgnn_moe_jax.main --config=configs/quickstart.py
 python -m hgnn_moe_jax.main --mode=evaluate --workdir=runs/quickstart --split=test
 """
 
+import functools
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -29,7 +32,39 @@ _STRIDE = flags.DEFINE_integer(
 _QUIET = flags.DEFINE_boolean("quiet", False, "No progress, only the result.")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
+  """Exit status 0, or that of the UserError, whose message is all that is printed."""
+  logging.set_verbosity(logging.WARNING)
+  # Orbax logs, with a traceback from each of its threads, what it also raises.
+  logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+  app.run(_in_one_line(_run), flags_parser=_in_one_line(_parse))
+
+
+def _in_one_line(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
+  @functools.wraps(function)
+  def wrapped(argv: list[str]) -> Any:
+    try:
+      return function(argv)
+    except UserError as error:
+      print("error:", *str(error).split(), file=sys.stderr)
+      sys.exit(error.exit_status)
+
+  return wrapped
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """absl's flags, and get_config() of the config file with the overrides."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:  # These name their flag.
+    raise UserError(str(error)) from None
+  except (KeyError, AttributeError, SyntaxError, ImportError) as error:
+    reason = error.args[0] if isinstance(error, KeyError) else error
+    given = " ".join(a for a in argv[1:] if a.startswith("--config"))
+    raise UserError(f"{given}: {reason}; the fields are in hgnn_moe_jax/config.py") from None
+
+
+def _run(argv: list[str]) -> None:
   if len(argv) > 1:
     raise UserError(f"{argv[1]}: not understood; every option starts with --")
   # Imported late: a mistake on the command line is told at once.
@@ -44,7 +79,10 @@ def main(argv: list[str]) -> None:
     return
   config = _CONFIG.value
   if not isinstance(config, Config):
-    raise UserError("--config: give a file, e.g. --config=configs/quickstart.py")
+    given = flags.FLAGS["config"].present and config_flags.get_config_filename(flags.FLAGS["config"])
+    raise UserError(
+      f"--config={given or ''}: no Config there; give a file such as configs/quickstart.py"
+    )
   config.validate()
   _keep_compiled_code(config)
   workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs", config.name))
@@ -58,34 +96,5 @@ def _keep_compiled_code(config: Config) -> None:
   jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def _parse(argv: list[str]) -> list[str]:
-  """absl's flags, with the config's own errors in one line."""
-  try:
-    return flags.FLAGS(argv)
-  except (KeyError, AttributeError, flags.Error, OSError, SyntaxError, ImportError) as error:
-    reason = error.args[0] if isinstance(error, KeyError) else str(error)
-    field = next((a for a in argv[1:] if a.startswith("--config.")), "")
-    hint = f" ({field}: see hgnn_moe_jax/config.py for the fields)" if field else ""
-    raise UserError(f"{str(reason).strip().splitlines()[-1]}{hint}") from None
-
-
-def _run(argv: list[str]) -> None:
-  """Exit status 0, or the error's own with its message on one line and no traceback."""
-  logging.set_verbosity(logging.WARNING)
-  try:
-    main(argv)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(error.exit_status)
-
-
-def _parse_or_exit(argv: list[str]) -> list[str]:
-  try:
-    return _parse(argv)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(error.exit_status)
-
-
 if __name__ == "__main__":
-  app.run(_run, flags_parser=_parse_or_exit)
+  main()

@@ -1,7 +1,11 @@
 """Strict numerics for every test: no silent dtype or rank promotion, compiled code kept on disk."""
 
+import dataclasses
 import os
 import pathlib
+import random
+from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nothing may be fetched from a hub by accident.
@@ -9,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import pytest
+
+from hgnn_moe_jax.config import Config
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -36,3 +42,119 @@ def wikitext2() -> pathlib.Path:
   if folder is None:
     pytest.skip("WikiText-2 is not at hand; set HGNN_MOE_DATA to the folder that holds wikitext-2/")
   return folder / "wikitext-2"
+
+
+_SENTENCE = (
+  "the experts of one layer read the same stream and each adds its own update to it while a graph "
+  "carries messages between them so that what one has seen another may use or leave aside"
+)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> pathlib.Path:
+  """A few hundred short paragraphs: 750 training examples of 16 bytes, 50 of validation."""
+  rng = random.Random(0)
+  paragraphs = [
+    " ".join(rng.choices(_SENTENCE.split(), k=rng.randint(4, 9))) + "." for _ in range(300)
+  ]
+  path = tmp_path_factory.mktemp("text") / "paragraphs.txt"
+  path.write_text("\n\n".join(paragraphs) + "\n")
+  return path
+
+
+@pytest.fixture(scope="session")
+def tiny_config(text_file, tmp_path_factory):
+  """tiny_config(**{"training.steps": 6}) -> Config: the smallest run in which everything acts."""
+  cache_dir = tmp_path_factory.mktemp("cache")
+  # `main` keeps compiled programs there: its processes find those of the tests, and add to them.
+  compiled = pathlib.Path(jax.config.jax_compilation_cache_dir)
+  compiled.mkdir(parents=True, exist_ok=True)
+  (cache_dir / "xla").symlink_to(compiled.resolve())
+
+  def make(**changes: Any) -> Config:
+    c = Config(name="tiny")
+    c.model.embed_dim, c.model.num_layers, c.model.num_heads, c.model.num_experts = 16, 2, 2, 3
+    c.model.ffn_multiplier, c.model.coupler_layers, c.model.max_length = 2, 1, 16
+    c.data.source, c.data.path, c.data.tokenizer = "text", str(text_file), "bytes"
+    c.data.cache_dir = str(cache_dir)
+    c.orthogonality.weight_strength = c.orthogonality.output_strength = 0.1
+    c.orthogonality.warmup_steps = 4
+    c.training.steps, c.training.batch_size, c.training.learning_rate = 12, 8, 1e-2
+    c.training.warmup_steps, c.training.ema_decay = 2, 0.9
+    c.training.steps_per_dispatch, c.training.checkpoint_every, c.evaluation.every = 3, 4, 6
+    for field, value in changes.items():
+      *group, name = field.split(".")
+      setattr(getattr(c, group[0]) if group else c, name, value)
+    return c
+
+  return make
+
+
+@pytest.fixture
+def config_file(tmp_path) -> Callable[[Config], str]:
+  """config_file(config) -> the --config flag of a file whose get_config() returns it."""
+
+  def write(config: Config) -> str:
+    path = tmp_path / "experiment.py"
+    path.write_text(
+      "from hgnn_moe_jax.config import Config\n\n\n"
+      f"def get_config():\n  return Config.from_dict({config.to_dict()!r})\n"
+    )
+    return f"--config={path}"
+
+  return write
+
+
+@pytest.fixture(scope="session")
+def _factories():
+  """Everything that is traced and compiled is made once per session, not once per run.
+
+  The pieces are pure functions of the config's meaning and the corpus, so runs may share them. That
+  a run of its own process gives the same numbers is seen in the tests that start one.
+  """
+  from hgnn_moe_jax.training import evaluate, evaluation, loop
+
+  with pytest.MonkeyPatch.context() as patch:
+    assemble, init_state = _once(loop.assemble), _once(loop.init_state)
+    patch.setattr(loop, "assemble", assemble)
+    patch.setattr(evaluate, "assemble", assemble)
+    # The first dispatch gives the state's buffers away.
+    fresh = lambda *args: jax.tree.map(lambda leaf: leaf.copy(), init_state(*args))  # noqa: E731
+    patch.setattr(loop, "init_state", fresh)
+    patch.setattr(loop, "make_train_step", _once(loop.make_train_step))
+    patch.setattr(loop, "make_dispatch", _once(loop.make_dispatch))
+    patch.setattr(evaluation, "make_evaluation", _once(evaluation.make_evaluation))
+    yield
+
+
+@pytest.fixture
+def shared_programs(_factories):
+  """Fast runs in this process. Optax promotes dtypes: int32 counts meet float decays."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+def _once(function: Callable[..., Any]) -> Callable[..., Any]:
+  results: dict[Any, Any] = {}
+
+  def wrapped(*args: Any) -> Any:
+    key = tuple(_meaning(a) for a in args)
+    if key not in results:
+      results[key] = function(*args)
+    return results[key]
+
+  return wrapped
+
+
+def _meaning(argument: Any) -> Any:
+  if hasattr(argument, "fingerprint"):  # A corpus.
+    return (argument.fingerprint, argument.max_length)
+  if not isinstance(argument, Config):
+    return argument
+  return tuple(
+    (group.name, field.name, getattr(getattr(argument, group.name), field.name))
+    for group in dataclasses.fields(Config)
+    if dataclasses.is_dataclass(group.type)
+    for field in dataclasses.fields(group.type)
+    if field.metadata.get("meaning", True)
+  )

@@ -7,7 +7,8 @@ NamedTuple of arrays that lives in the TrainState, is saved with it and passes t
 Time: training step t (0, 1, ...) calls `strengths(state)` first and `update(state, observation)`
 with what that step measured last. So the strengths of step t depend on the observations of steps
 0 ... t-1 and on nothing else, and `state.count`, the number of updates seen, equals t while step t
-runs. Windows and cadences count training steps.
+runs. Windows and cadences count training steps. Between two steps the loop may tell the controller
+a validation loss with `observe_evaluation`, at whatever cadence it evaluates.
 
 What a controller reads from its factory (base strengths above all) is never written into the state:
 factors apply to the base anew in each step and cannot compound.
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 # NamedTuple of arrays with at least `count`, int32 scalar; each controller has its own.
 ControllerState = Any
@@ -51,13 +53,17 @@ class Observation(NamedTuple):
 
 
 class ControlFlags(NamedTuple):
-  """What a controller is doing, for the records.
+  """What a controller sees happening, for the records; an event is a change of one of these.
 
   Attributes:
-    emergency_L: bool, whether the layer is being rescued from collapse.
+    emergency_L: bool, whether the layer's experts have collapsed and not yet recovered.
+    plateau: bool scalar, whether the validation loss has stopped improving.
+    converged_L: bool, whether the layer's score has reached its target and stays there.
   """
 
   emergency_L: jax.Array
+  plateau: jax.Array
+  converged_L: jax.Array
 
 
 class Controller(NamedTuple):
@@ -68,21 +74,44 @@ class Controller(NamedTuple):
     strengths: state -> Strengths of the step about to run.
     update: state, Observation -> state of the next step.
     flags: state -> ControlFlags that go with `strengths(state)`.
+    observe_evaluation: state, validation loss in nats per token -> state. Called between two steps,
+      after each evaluation; may be jitted. Does not count as an update.
   """
 
   init: Callable[[], ControllerState]
   strengths: Callable[[ControllerState], Strengths]
   update: Callable[[ControllerState, Observation], ControllerState]
   flags: Callable[[ControllerState], ControlFlags]
+  observe_evaluation: Callable[[ControllerState, jax.Array | float], ControllerState]
+
+
+def no_flags(num_layers: int) -> ControlFlags:
+  """The flags of a controller that watches nothing."""
+  return ControlFlags(
+    emergency_L=jnp.zeros(num_layers, bool),
+    plateau=jnp.zeros((), bool),
+    converged_L=jnp.zeros(num_layers, bool),
+  )
+
+
+def ignore_evaluation(state: ControllerState, loss: jax.Array | float) -> ControllerState:
+  """`observe_evaluation` of a controller that has no use for validation losses."""
+  del loss
+  return state
+
+
+def require(name: str, value: object, holds: bool, what: str) -> None:
+  """Raises ValueError unless `holds`, to be phrased so that it does not for NaN."""
+  if not holds:
+    raise ValueError(f"{name} must be {what}, got {value!r}")
 
 
 def require_strength(name: str, value: float) -> None:
   """Raises ValueError unless `value` is a finite number of at least 0."""
-  if not (math.isfinite(value) and value >= 0.0):
-    raise ValueError(f"{name} must be finite and at least 0, got {value!r}")
+  require(name, value, math.isfinite(value) and value >= 0.0, "finite and at least 0")
 
 
 def require_count(name: str, value: int, at_least: int) -> None:
   """Raises ValueError unless `value` is an integer of at least so much."""
-  if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-    raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
+  holds = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+  require(name, value, holds, f"an integer of at least {at_least}")

@@ -11,6 +11,8 @@ from hgnn_moe_jax.control.base import (
   Observation,
   Schedule,
   Strengths,
+  ignore_evaluation,
+  no_flags,
   require_count,
   require_strength,
 )
@@ -59,6 +61,6 @@ def constant(
 
   def flags(state: ConstantState) -> ControlFlags:
     del state
-    return ControlFlags(emergency_L=jnp.zeros(num_layers, bool))
+    return no_flags(num_layers)
 
-  return Controller(init, strengths, update, flags)
+  return Controller(init, strengths, update, flags, ignore_evaluation)

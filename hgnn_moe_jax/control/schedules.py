@@ -21,6 +21,11 @@ def constant_schedule() -> Schedule:
   return lambda step: jnp.ones_like(step, dtype=jnp.float32)
 
 
+def product(*factors: Schedule) -> Schedule:
+  """All of the schedules at once: `product_i factors_i(step)`, e.g. a warm-up and a decay."""
+  return lambda step: math.prod((f(step) for f in factors), start=jnp.ones((), jnp.float32))
+
+
 def linear_warmup(steps: int) -> Schedule:
   """`min(1, step / steps)`: 0 at step 0, 1 from step `steps` on. With 0 steps, 1 everywhere.
 
@@ -84,7 +89,9 @@ def decay(kind: str, total_steps: int, floor: float, num_drops: int = 4) -> Sche
 
 def _progress(step: jax.Array, steps: int) -> jax.Array:
   """The share of `steps` that lies behind, in [0, 1], float32."""
-  return jnp.clip(jnp.asarray(step, jnp.float32) / steps, 0.0, 1.0)
+  # Compiled code multiplies by the reciprocal, and 61 * (1 / 61) = 1 - 2^-24: the end is set apart.
+  share = jnp.clip(jnp.asarray(step, jnp.float32) / steps, 0.0, 1.0)
+  return jnp.where(jnp.asarray(step, jnp.int32) >= steps, 1.0, share)
 
 
 def _between(floor: float, share: jax.Array) -> jax.Array:

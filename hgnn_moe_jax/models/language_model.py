@@ -15,7 +15,7 @@ from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import head
 from hgnn_moe_jax.models.coupling import Coupler
 from hgnn_moe_jax.models.expert import ExpertBlocks, matrices
-from hgnn_moe_jax.models.layers import LayerNorm, dropout
+from hgnn_moe_jax.models.layers import LayerNorm, dropout, fan_in_normal
 from hgnn_moe_jax.models.routing import Pool
 
 Params = dict[str, Any]
@@ -98,14 +98,17 @@ class Network(nn.Module):
     self, inputs_BT: jax.Array, weights_BT: jax.Array, key: jax.Array | None
   ) -> tuple[jax.Array, Aux]:
     c = self.config
-    table_VD = self.param("embedding", nn.initializers.normal(0.02), (self.vocab_size, c.embed_dim))
+    # Rows of norm 1 and a head that reads normalised features: of 0.02, 0.1 and 0.3, 0.1 trained
+    # fastest at D = 128.
+    initializer = fan_in_normal(c.embed_dim)
+    table_VD = self.param("embedding", initializer, (self.vocab_size, c.embed_dim))
     x_BTD = table_VD[inputs_BT]
     if c.positions == "learned":
       shape = (c.max_length, c.embed_dim)
-      position_TD = self.param("positions", nn.initializers.normal(0.02), shape)
+      position_TD = self.param("positions", initializer, shape)
       x_BTD = x_BTD + position_TD[None, : inputs_BT.shape[1]]
     if not c.tie_embeddings:
-      self.param("head", nn.initializers.normal(0.02), (c.embed_dim, self.vocab_size))
+      self.param("head", initializer, (c.embed_dim, self.vocab_size))
     layer_keys = None
     if key is not None:
       embedding_key, layers_key = jax.random.split(key)

@@ -1,9 +1,17 @@
-"""Checkpoints: the whole TrainState and a note, written by Orbax in the background, atomically."""
+"""Checkpoints: the whole TrainState and a note, written by Orbax in the background, atomically.
 
+Orbax notices files that are missing, cut or not in its format, but a changed byte among the numbers
+passes unnoticed. So a checkpoint also holds a checksum of every array, verified when it is read.
+"""
+
+import json
 import pathlib
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers as policies
@@ -18,27 +26,33 @@ class Checkpointer:
 
   Args:
     workdir: the run folder.
-    keep: how many of the newest stay.
+    keep: how many of the newest stay; None to read only, beside a run that may be training there.
   """
 
-  def __init__(self, workdir: pathlib.Path, keep: int = 1):
+  def __init__(self, workdir: pathlib.Path, keep: int | None = None):
     self._folder = workdir / "checkpoints"
     self._workdir = workdir
     options = ocp.CheckpointManagerOptions(
+      # The policy decides what stays, but without `best_fn` Orbax would not write the metrics down.
+      best_fn=_loss,
+      best_mode="min",
       preservation_policy=policies.AnyPreservationPolicy(
         [
           policies.LatestN(keep),
           # Sorted descending, so that the last one is the best.
           policies.BestN(
-            get_metric_fn=lambda metrics: metrics["loss"],
+            get_metric_fn=_loss,
             reverse=True,
             n=1,
             keep_checkpoints_without_metrics=False,
           ),
         ]
       ),
+      # What a killed process left half written goes; a reader cannot tell it from a save under way.
+      cleanup_tmp_directories=keep is not None,
     )
     with run_folder_errors(workdir):
+      _drop_damaged_losses(self._folder)
       self._manager = ocp.CheckpointManager(self._folder.resolve(), options=options)
 
   def save(
@@ -54,7 +68,8 @@ class Checkpointer:
     """
     if step in self._manager.all_steps():
       return
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(note))
+    sealed = {"content": note, "checksums": checksums(state, note)}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(sealed))
     with run_folder_errors(self._workdir):
       self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
 
@@ -89,12 +104,17 @@ class Checkpointer:
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), note=ocp.args.JsonRestore())
     try:
       restored = self._manager.restore(step, args=args)
-    except (ValueError, KeyError, OSError) as error:
-      reason = (
-        str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-      )
-      raise UserError(f"checkpoint {self._folder / str(step)} cannot be read ({reason})") from error
-    return restored["state"], restored["note"]
+      state, note = restored["state"], restored["note"]["content"]
+      expected = restored["note"]["checksums"]
+    except Exception as error:  # Whatever Orbax stumbles over in a damaged file.
+      lines = str(error).strip().splitlines() or [type(error).__name__]
+      raise self._unreadable(step, lines[0][:200]) from error
+    if wrong := [name for name, crc in checksums(state, note).items() if expected.get(name) != crc]:
+      raise self._unreadable(step, f"wrong checksum of {wrong[0]}")
+    return state, note
+
+  def _unreadable(self, step: int, reason: str) -> UserError:
+    return UserError(f"checkpoint {self._folder / str(step)} cannot be read ({reason})")
 
   def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest checkpoint that can be read, or None if there is none at all.
@@ -126,3 +146,39 @@ class Checkpointer:
   def close(self) -> None:
     with run_folder_errors(self._workdir):
       self._manager.close()
+
+
+def _loss(metrics: dict[str, float]) -> float:
+  return metrics["loss"]
+
+
+def _drop_damaged_losses(folder: pathlib.Path) -> None:
+  """Orbax reads every checkpoint's loss when it opens the folder, and stops at a damaged one."""
+  for file in folder.glob("*/metrics/metrics"):
+    try:
+      readable = isinstance(json.loads(file.read_bytes())["loss"], float)
+    except (ValueError, KeyError, TypeError):
+      readable = False
+    if not readable:
+      logging.warning("%s cannot be read; that checkpoint no longer counts for the best", file)
+      file.unlink()
+
+
+def checksums(state: TrainState, note: dict[str, Any]) -> dict[str, int]:
+  """CRC-32 of every array's bytes, by its path in the state, and of the note as JSON.
+
+  1.9 GB/s on one core; the arrays are shared out over threads.
+  """
+  with_paths, _ = jax.tree_util.tree_flatten_with_path(state)
+  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_paths]
+  arrays = [
+    jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    for _, leaf in with_paths
+  ]
+  with ThreadPoolExecutor() as pool:
+    sums = dict(zip(names, pool.map(_checksum, jax.device_get(arrays)), strict=True))
+  return {**sums, "note": zlib.crc32(json.dumps(note, sort_keys=True).encode())}
+
+
+def _checksum(array: np.ndarray) -> int:
+  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

@@ -38,10 +38,12 @@ def evaluate_run(
       "run was trained on; restore it"
     )
   assembly = assemble(config, corpus)
-  checkpointer = Checkpointer(workdir, config.training.keep_checkpoints)
+  checkpointer = Checkpointer(workdir)
   step = checkpointer.best_step() if checkpoint == "best" else checkpointer.latest_step()
   if step is None:
-    raise UserError(f"--workdir={workdir}: no checkpoint there yet; train the run first")
+    scored = "scored " if checkpoint == "best" and checkpointer.latest_step() is not None else ""
+    cure = "evaluate with --checkpoint=last" if scored else "train the run first"
+    raise UserError(f"--workdir={workdir}: no {scored}checkpoint there yet; {cure}")
   state, _ = checkpointer.restore(assembly.abstract_state, step)
   checkpointer.close()
   evaluator = Evaluator(

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from hgnn_moe_jax.training.assembly import Assembly, assemble, chance_levels
 from hgnn_moe_jax.training.checkpoint import Checkpointer
 from hgnn_moe_jax.training.evaluation import Evaluator
 from hgnn_moe_jax.training.optimizer import averaged_params
-from hgnn_moe_jax.training.progress import Display, Tracker, make_display
+from hgnn_moe_jax.training.progress import Display, Tracker, announce, make_display
 from hgnn_moe_jax.training.records import MetricWriter, environment, train_fields, write_json
 from hgnn_moe_jax.training.state import StepRecord
 from hgnn_moe_jax.training.step import Feed, as_count, init_state, make_dispatch, make_train_step
@@ -119,8 +119,14 @@ def train(config: Config, workdir: pathlib.Path, quiet: bool = False) -> dict[st
   """
   config.validate()
   with run_folder.locked(workdir):
+    announce(f"{config.name}: reading {config.data.source} {config.data.path}".rstrip(), quiet)
     corpus = load_corpus(config)
     assembly = assemble(config, corpus)
+    announce(
+      f"{assembly.parameters:,} parameters, {assembly.total_steps:,} steps of "
+      f"{config.training.batch_size} x {config.model.max_length} tokens; compiling",
+      quiet,
+    )
     run_folder.claim(workdir, config, _details(config, corpus, assembly))
     with stop_requests() as stop:
       run = Run(config, workdir, corpus, assembly, stop, quiet)
@@ -164,7 +170,9 @@ class Run:
     self.compile_seconds = 0.0
     self.tracker = Tracker(config, workdir)
     self.display: Display = make_display(self.total, self.step, quiet)
-    self.metrics = MetricWriter(workdir, keep_bytes=note["metrics_bytes"])
+    # Nothing is written again for a finished run: what evaluations have added to it stays.
+    keep_bytes = note["metrics_bytes"] if self.step < self.total else None
+    self.metrics = MetricWriter(workdir, keep_bytes)
     self.evaluator = Evaluator(
       assembly.model,
       corpus.splits["validation"],
@@ -183,10 +191,9 @@ class Run:
     return self._summarize()
 
   def close(self) -> None:
-    self.display.close()
-    self.tracker.close()
-    self.metrics.close()
-    self.checkpointer.close()
+    with ExitStack() as parts:  # All of them, also when one cannot write its last.
+      for part in (self.checkpointer, self.metrics, self.tracker, self.display):
+        parts.callback(part.close)
 
   def _train_steps(self) -> None:
     c = self.config
@@ -203,12 +210,13 @@ class Run:
         self._record(pending)
       pending = Pending(self.step, n, records)
       self.step += n
-      if self._due() or self.stop.is_set():
+      stopping = self.stop.is_set()  # Asked once: it may be set at any moment.
+      if self._due() or stopping:
         self._record(pending)
         pending = None
         self._evaluate_and_save()
         self.clock.restart()
-      if self.stop.is_set() and self.step < self.total:
+      if stopping and self.step < self.total:
         self._preempt()
 
   def _compile(self, feeder: Feeder) -> Any:
@@ -281,8 +289,8 @@ class Run:
     self.metrics.write("eval", self.step, **fields)
     self.tracker.log("eval", self.step, fields)
     self.display.message(
-      f"step {self.step} validation: token perplexity {score.token_perplexity:.2f}, "
-      f"word perplexity {score.word_perplexity:.2f}, bits per byte {score.bits_per_byte:.4f}"
+      f"step {self.step} validation: token perplexity {score.token_perplexity:.6g}, "
+      f"word perplexity {score.word_perplexity:.6g}, bits per byte {score.bits_per_byte:.4f}"
     )
     improved = self.best is None or score.loss < self.best["loss"]
     if improved:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hgnn_moe_jax.config import ConfigError, TrainingConfig
+from hgnn_moe_jax.config import TrainingConfig
+from hgnn_moe_jax.errors import ConfigError
 
 # What decays, by parameter path. Each parameter must match exactly one rule, so that a new one
 # cannot slip through undecided.
@@ -19,7 +20,8 @@ _DECAY_RULES = (
 )
 
 # Which matrices Muon orthogonalizes, with their input and output axes; other axes (layers, experts,
-# the three of qkv) are a batch of matrices. Embeddings, head and small parameters go to Adam.
+# the three of qkv) are a batch of matrices. Embeddings, head and small parameters go to Adam, with
+# Nesterov's momentum (Dozat 2016) as optax has it.
 _MUON_RULES = (
   (r"layers/experts/qkv_kernel", (2,), (4, 5)),
   (r"layers/experts/(out|ffn_in|ffn_out)_kernel", (2,), (3,)),

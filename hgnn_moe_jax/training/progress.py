@@ -55,7 +55,7 @@ class Bar:
     self._progress.update(self._task, completed=step, description=describe(fields))
 
   def message(self, text: str) -> None:
-    self._progress.console.print(text, highlight=False, soft_wrap=True)
+    self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
   def close(self) -> None:
     self._progress.stop()
@@ -65,16 +65,19 @@ class Lines:
   """Plain lines for logs: a train line every ten seconds and for the last step."""
 
   def __init__(self, total: int, completed: int):
-    self._total, self._started, self._first = total, time.monotonic(), completed
-    self._last = -math.inf
+    self._total, self._first = total, completed
+    self._started, self._last = time.monotonic(), -math.inf
 
   def train(self, step: int, fields: dict[str, Any]) -> None:
     now = time.monotonic()
     if now - self._last < _SECONDS_BETWEEN_LINES and step < self._total:
       return
+    if self._last == -math.inf:  # Compilation lies before the first line and tells no pace.
+      self._started, self._first = now, step
     self._last = now
     pace = (now - self._started) / max(1, step - self._first)
     left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - step)))
+    left = left if step > self._first else "?"
     self.message(f"step {step}/{self._total} left={left} {describe(fields)}")
 
   def message(self, text: str) -> None:
@@ -95,6 +98,12 @@ class Silent:
 
   def close(self) -> None:
     pass
+
+
+def announce(text: str, quiet: bool) -> None:
+  """What happens before there is a display: reading text and compiling take their time."""
+  if not quiet:
+    print(text, file=sys.stderr, flush=True)
 
 
 def make_display(total: int, completed: int, quiet: bool) -> Display:

@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,13 +46,20 @@ def run_folder_errors(workdir: pathlib.Path) -> Iterator[None]:
   """Turns a full or unwritable disk into one line that says what to do."""
   try:
     yield
-  except OSError as error:
-    if error.errno not in _UNWRITABLE:
+  except (OSError, ValueError) as error:
+    number = error.errno if isinstance(error, OSError) else _os_error_code(error)
+    if number not in _UNWRITABLE:
       raise
     raise UserError(
-      f"--workdir={workdir}: cannot write ({error.strerror}). Free space or choose a folder you "
+      f"--workdir={workdir}: cannot write ({os.strerror(number)}). Free space or choose a folder you "
       "may write to, then run the same command again: it continues from the last checkpoint."
     ) from error
+
+
+def _os_error_code(error: ValueError) -> int | None:
+  """TensorStore, which writes the checkpoints' arrays, raises ValueError for a full disk, too."""
+  found = re.search(r"os_error_code='(\d+)'", str(error))
+  return int(found[1]) if found else None
 
 
 class MetricWriter:

@@ -37,11 +37,11 @@ def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
     return Config.from_dict(content["config"]), content
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     raise UserError(
       f"--workdir={workdir}: no config.json there; give the folder of a run that has started"
     ) from None
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
       f"--workdir={workdir}: config.json is damaged ({error}); "
       "restore it or start in another folder"

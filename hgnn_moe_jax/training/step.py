@@ -39,7 +39,7 @@ def init_state(
 ) -> TrainState:
   """The state at step 0, made in one jitted call so that no two leaves share a buffer."""
 
-  def init() -> TrainState:
+  def init(seed: jax.Array) -> TrainState:
     init_key, key = jax.random.split(jax.random.key(seed))
     params = model.init(init_key)
     return TrainState(
@@ -50,7 +50,8 @@ def init_state(
       key=key,
     )
 
-  return jax.jit(init)()
+  # An argument, not a constant: one compiled program serves every seed.
+  return jax.jit(init)(np.uint32(seed))
 
 
 def make_train_step(
@@ -143,7 +144,7 @@ def make_train_step(
       emergency=controller.flags(state.control).emergency_L,
       gate_load=data.gate_load_LE,
       gate_entropy=data.gate_entropy_L,
-      grad_norm=optax.global_norm(grads),
+      grad_norm=optax.tree.norm(grads),
       learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
       tokens=batch.weights_BT.sum(),
     )

@@ -61,11 +61,19 @@ def test_the_base_does_not_compound():
   np.testing.assert_allclose(controller.strengths(state).output_L, [0.1, 0.1], rtol=1e-6)
 
 
-def test_no_emergency_ever():
+def test_no_flag_ever_is_raised():
   controller = constant(0.1, 0.2, 3, schedules.constant_schedule())
   flags = controller.flags(controller.init())
-  assert flags.emergency_L.dtype == jnp.bool_
+  assert all(flag.dtype == jnp.bool_ for flag in flags)
   np.testing.assert_array_equal(flags.emergency_L, [False] * 3)
+  np.testing.assert_array_equal(flags.converged_L, [False] * 3)
+  assert flags.plateau.shape == () and not flags.plateau
+
+
+def test_an_evaluation_changes_nothing():
+  controller = constant(0.1, 0.2, 3, schedules.constant_schedule())
+  state = ConstantState(count=jnp.asarray(7, jnp.int32))
+  assert controller.observe_evaluation(state, 3.0) is state
 
 
 def test_one_trace_for_all_steps_and_the_state_keeps_its_types():

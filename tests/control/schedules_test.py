@@ -50,6 +50,18 @@ def test_decay_starts_at_one_ends_at_the_floor_exactly_and_never_rises(kind, tot
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_the_end_is_exact_where_a_reciprocal_is_not(kind):
+  # 61 * (1 / 61) = 1 - 2^-24 in float32, which is how compiled code divides by 61.
+  assert _values(schedules.decay(kind, 61, 0.25), [61])[0] == np.float32(0.25)
+
+
+def test_a_product_is_the_product():
+  schedule = schedules.product(schedules.linear_warmup(4), schedules.decay("linear", 8, 0.0))
+  np.testing.assert_allclose(_values(schedule, [0, 2, 4, 6, 8]), [0, 0.375, 0.5, 0.25, 0])
+  assert schedules.product()(3) == 1.0 and schedules.product()(3).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
 def test_decay_to_zero(kind):
   assert schedules.decay(kind, 7, 0.0)(7) == 0.0
 

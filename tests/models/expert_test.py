@@ -1,0 +1,200 @@
+"""The experts' blocks against a plain pre-LN transformer; their matrices and their first draw."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hgnn_moe_jax.config import ModelConfig
+from hgnn_moe_jax.models import expert, language_model
+
+B, T, V = 2, 4, 11
+
+
+def _config(num_experts, **changes):
+  return ModelConfig(
+    embed_dim=8,
+    num_layers=2,
+    num_heads=2,
+    num_experts=num_experts,
+    ffn_multiplier=2,
+    max_length=6,
+    compute_dtype="float32",
+    **changes,
+  )
+
+
+def _build(config, vocab_size=V):
+  return language_model.build(config, vocab_size, lambda updates_EBTD, weights_BT: None)
+
+
+def _layer_norm(x, scale, bias):
+  centred = x - x.mean(-1, keepdims=True)
+  return scale * centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5) + bias
+
+
+def _gelu(x):
+  return x / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def _turn(x_TH):
+  """Rotary positions as multiplication of complex numbers, entry i with entry i + H/2."""
+  half = x_TH.shape[1] // 2
+  frequency = 10_000.0 ** (-np.arange(half) / half)
+  turn = np.exp(1j * np.arange(len(x_TH))[:, None] * frequency)
+  turned = (x_TH[:, :half] + 1j * x_TH[:, half:]) * turn
+  return np.concatenate([turned.real, turned.imag], -1)
+
+
+def _block(p, x_TD, rotary):
+  """One pre-LN block on one row of tokens, as in any textbook: its output."""
+  h = _layer_norm(x_TD, p["attention_norm_scale"], p["attention_norm_bias"])
+  heads = []
+  for n in range(p["qkv_kernel"].shape[2]):
+    q, k, v = (h @ p["qkv_kernel"][:, s, n] + p["qkv_bias"][s, n] for s in range(3))
+    if rotary:
+      q, k = _turn(q), _turn(k)
+    score = q @ k.T / q.shape[1] ** 0.5
+    weight = np.exp(score) * np.tril(np.ones_like(score))
+    heads.append(weight @ v / weight.sum(-1, keepdims=True))
+  x_TD = x_TD + np.concatenate(heads, -1) @ p["out_kernel"] + p["out_bias"]
+  h = _layer_norm(x_TD, p["ffn_norm_scale"], p["ffn_norm_bias"])
+  inner = _gelu(h @ p["ffn_in_kernel"] + p["ffn_in_bias"])
+  return x_TD + inner @ p["ffn_out_kernel"] + p["ffn_out_bias"]
+
+
+def _naive_logits(config, params, inputs_BT):
+  """Dense transformer, float64; with several experts the mean of their blocks' outputs."""
+  x = params["embedding"][inputs_BT]
+  if config.positions == "learned":
+    x = x + params["positions"][: inputs_BT.shape[1]]
+  experts = params["layers"]["experts"]
+  for l in range(config.num_layers):
+    blocks = [{k: v[l, e] for k, v in experts.items()} for e in range(config.num_experts)]
+    rows = [[_block(p, row, config.positions == "rotary") for p in blocks] for row in x]
+    x = np.array([np.mean(row, 0) for row in rows])
+  x = _layer_norm(x, params["final_norm"]["scale"], params["final_norm"]["bias"])
+  return x @ (params["embedding"].T if config.tie_embeddings else params["head"])
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    _config(1, coupler="graph"),
+    _config(3, coupler="mean", positions="rotary", tie_embeddings=True),
+  ],
+  ids=["one-expert", "mean-of-three"],
+)
+def test_model_is_a_plain_transformer(config, quick_jit, random_params, assert_slopes):
+  # Random gains and biases everywhere: those folded into the projections count.
+  model = _build(config)
+  params = random_params(jax.eval_shape(model.init, jax.random.key(0)))
+  rng = np.random.default_rng(0)
+  inputs_BT = rng.integers(V, size=(B, T)).astype(np.int32)
+  cotangent = rng.standard_normal((B, T, V)).astype(np.float32)
+
+  def both(params, cotangent):
+    logits, pull = jax.vjp(lambda p: model.logits(p, inputs_BT), params)
+    return logits, pull(cotangent)[0]
+
+  logits, gradients = quick_jit(both)(params, cotangent)
+  wanted = _naive_logits(config, params, inputs_BT)
+  np.testing.assert_allclose(logits, wanted, rtol=2e-4, atol=2e-4)
+  assert_slopes(
+    lambda p: np.sum(cotangent * _naive_logits(config, p, inputs_BT)), params, gradients, 1e-3
+  )
+
+
+def test_one_expert_is_the_same_program_under_every_coupler_and_pooling():
+  inputs_BT = np.zeros((B, T), np.int32)
+  programs = set()
+  for coupler in ("graph", "hypergraph", "mean", "matrix", "attention"):
+    for pooling in ("mean", "gate"):
+      model = _build(_config(1, coupler=coupler, hyperedges="all", pooling=pooling))
+      shapes = jax.eval_shape(model.init, jax.random.key(0))
+      programs.add(str(jax.make_jaxpr(model.logits)(shapes, inputs_BT)))
+  assert len(programs) == 1
+
+
+def _experts(D, F, N):
+  """Stacked parameters [L=2, E=3, ...] whose entries are all different."""
+  shapes = {
+    "qkv_kernel": (2, 3, D, 3, N, D // N),
+    "out_kernel": (2, 3, D, D),
+    "ffn_in_kernel": (2, 3, D, F),
+    "ffn_out_kernel": (2, 3, F, D),
+  }
+  return {k: np.arange(np.prod(s), dtype=np.float32).reshape(s) for k, s in shapes.items()}
+
+
+def test_matrices_have_the_model_axis_second_last():
+  D, F, N = 4, 6, 2
+  layers = _experts(D, F, N)
+  combined = expert.matrices(layers, "combined")
+  assert {role: w.shape for role, w in combined.items()} == {
+    "ffn_input": (2, 3, D, F),
+    "ffn_output": (2, 3, D, F),
+    "attention_input": (2, 3, D, 3 * D),
+    "attention_output": (2, 3, D, D),
+  }
+  # Entry by entry: d reads or writes channel d of the stream, the other index is inside.
+  l, e, d, f, s, n, h = 1, 2, 3, 5, 2, 1, 0
+  assert combined["ffn_input"][l, e, d, f] == layers["ffn_in_kernel"][l, e, d, f]
+  assert combined["ffn_output"][l, e, d, f] == layers["ffn_out_kernel"][l, e, f, d]
+  joint = (s * N + n) * (D // N) + h
+  assert combined["attention_input"][l, e, d, joint] == layers["qkv_kernel"][l, e, d, s, n, h]
+  assert combined["attention_output"][l, e, d, 1] == layers["out_kernel"][l, e, 1, d]
+
+
+@pytest.mark.parametrize(
+  ("target", "roles"),
+  [
+    ("ffn_input", {"ffn_input"}),
+    ("ffn_output", {"ffn_output"}),
+    ("attention", {"attention_input", "attention_output"}),
+    ("combined", {"ffn_input", "ffn_output", "attention_input", "attention_output"}),
+  ],
+)
+def test_target_chooses_roles(target, roles):
+  layers = _experts(4, 6, 2)
+  chosen = expert.matrices(layers, target)
+  assert set(chosen) == roles
+  for role, w_LEDK in expert.matrices(layers, "combined").items():
+    if role in roles:
+      np.testing.assert_array_equal(chosen[role], w_LEDK)
+
+
+def test_model_hands_out_its_experts_matrices(random_params):
+  model = _build(_config(2))
+  params = random_params(jax.eval_shape(model.init, jax.random.key(0)))
+  given = model.expert_matrices(params, "ffn_input")["ffn_input"]
+  np.testing.assert_array_equal(given, params["layers"]["experts"]["ffn_in_kernel"])
+
+
+def test_experts_are_drawn_independently_and_to_scale(quick_jit):
+  config = ModelConfig(embed_dim=32, num_layers=2, num_heads=2, num_experts=3, coupler_layers=1)
+  params = quick_jit(_build(config).init)(jax.random.key(0))
+  # Fan-in of each product; products that write to the stream are scaled by 1 / sqrt(2 L) = 1/2.
+  # D = N H = 32, F = 128; 1,024 entries at least, so a standard deviation is known to 2.2 %.
+  stds = {
+    "qkv_kernel": 32**-0.5,
+    "out_kernel": 32**-0.5 / 2,
+    "ffn_in_kernel": 32**-0.5,
+    "ffn_out_kernel": 128**-0.5 / 2,
+  }
+  experts = params["layers"]["experts"]
+  assert set(stds) == {name for name in experts if name.endswith("kernel")}
+  for name, leaf in experts.items():
+    assert leaf.dtype == jnp.float32 and leaf.shape[:2] == (2, 3)
+    flat = np.asarray(leaf).reshape(2 * 3, -1)
+    if name not in stds:
+      np.testing.assert_array_equal(flat, 1.0 if name.endswith("scale") else 0.0)
+      continue
+    np.testing.assert_allclose(flat.std(1), stds[name], rtol=0.1)
+    # Layers and experts share nothing: correlations of 1,024 entries are about 1/32.
+    correlation = np.corrcoef(flat)[~np.eye(6, dtype=bool)]
+    assert np.abs(correlation).max() < 5 / flat.shape[1] ** 0.5
+  coupler = params["layers"]["coupler"]
+  np.testing.assert_allclose(coupler["in_kernel_0"].std((1, 2)), 32**-0.5, rtol=0.1)
+  # Two layers of one round write to the stream: 1 / sqrt(2 L rounds) = 1/2.
+  np.testing.assert_allclose(coupler["out_kernel_0"].std((1, 2)), 32**-0.5 / 2, rtol=0.1)

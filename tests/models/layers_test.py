@@ -1,0 +1,78 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hgnn_moe_jax.models import layers
+
+
+def _normal(seed, *shape):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_normalize_by_hand():
+  # Mean 3, deviations (-2, 0, 2), variance 8/3.
+  normed = layers.normalize(jnp.array([1.0, 3.0, 5.0], jnp.bfloat16))
+  assert normed.dtype == jnp.float32
+  np.testing.assert_allclose(normed, np.array([-2, 0, 2]) / (8 / 3 + 1e-5) ** 0.5, rtol=1e-6)
+  assert np.isfinite(jax.grad(lambda x: layers.normalize(x)[0])(jnp.ones(3))).all()
+
+
+def test_layer_norm_has_gain_and_bias():
+  params = {"scale": np.array([1, 2, 3], np.float32), "bias": np.array([5, 6, 7], np.float32)}
+  x_BTD = _normal(0, 2, 1, 3)
+  normed = (x_BTD - x_BTD.mean(-1, keepdims=True)) / np.sqrt(x_BTD.var(-1) + 1e-5)[..., None]
+  out = layers.LayerNorm().apply({"params": params}, x_BTD)
+  np.testing.assert_allclose(out, normed * params["scale"] + params["bias"], rtol=1e-5)
+
+
+# Rates are multiples of 1/256: 0.1 -> 26/256, so 230/256 = 0.8984 are kept.
+@pytest.mark.parametrize(("rate", "kept"), [(0.1, 230 / 256), (0.5, 0.5)])
+def test_dropout_keeps_its_fraction_and_the_mean(rate, kept):
+  x = np.ones((30, 11, 101), np.float32)  # 33,330 entries, not a multiple of four
+  out = np.asarray(layers.dropout(x, rate, jax.random.key(0)))
+  mask = out != 0
+  deviation = (kept * (1 - kept) / mask.size) ** 0.5
+  assert abs(mask.mean() - kept) < 4 * deviation
+  np.testing.assert_allclose(out[mask], 1 / kept, rtol=1e-6)
+  # The four bytes of one random word are independent: neighbours are both kept with kept^2.
+  flat = mask.reshape(-1)
+  for gap in (1, 2, 3, 4):
+    assert abs(np.mean(flat[gap:] & flat[:-gap]) - kept**2) < 5 * deviation
+
+
+def test_dropout_is_off_without_key_or_rate_and_follows_its_key():
+  x = _normal(0, 40, 7)
+  first, second = jax.random.split(jax.random.key(0))
+  assert layers.dropout(x, 0.5, None) is x
+  assert layers.dropout(x, 0.0, first) is x
+  assert layers.dropout(x, 0.001, first) is x  # less than 1/512
+  np.testing.assert_array_equal(layers.dropout(x, 0.5, first), layers.dropout(x, 0.5, first))
+  assert np.any(layers.dropout(x, 0.5, first) != layers.dropout(x, 0.5, second))
+
+
+def test_dropout_keeps_bfloat16_and_passes_gradients_of_kept_entries():
+  x = jnp.asarray(_normal(0, 40, 7), jnp.bfloat16)
+  out, pull = jax.vjp(lambda x: layers.dropout(x, 0.5, jax.random.key(0)), x)
+  assert out.dtype == jnp.bfloat16
+  gradient = np.asarray(pull(jnp.ones_like(out))[0], np.float32)
+  np.testing.assert_array_equal(gradient, np.where(np.asarray(out) != 0, 2.0, 0.0))
+
+
+def test_products_match_einsums():
+  x_EBTD, kernel_EDF = _normal(0, 3, 2, 4, 5), _normal(1, 3, 5, 6)
+  wanted = np.einsum("EBTD,EDF->EBTF", x_EBTD, kernel_EDF)
+  np.testing.assert_allclose(layers.project_each(x_EBTD, kernel_EDF), wanted, rtol=1e-4, atol=1e-5)
+  wanted = np.einsum("EBTD,DF->EBTF", x_EBTD, kernel_EDF[0])
+  np.testing.assert_allclose(layers.project(x_EBTD, kernel_EDF[0]), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_spread_and_mean_over_experts():
+  x_BTD, y_EBTD = _normal(0, 2, 4, 5), _normal(1, 3, 2, 4, 5)
+  spread, pull = jax.vjp(lambda x: layers.spread(x, 3), x_BTD)
+  np.testing.assert_array_equal(spread, np.stack([x_BTD] * 3))
+  np.testing.assert_allclose(pull(y_EBTD)[0], y_EBTD.sum(0), rtol=1e-5, atol=1e-6)
+  mean = layers.expert_mean(jnp.asarray(y_EBTD))
+  np.testing.assert_allclose(mean, y_EBTD.mean(0), rtol=1e-5, atol=1e-6)
+  # Accumulated in float32 whatever the experts compute in.
+  assert layers.expert_mean(jnp.asarray(y_EBTD, jnp.bfloat16)).dtype == jnp.float32

@@ -1,0 +1,354 @@
+"""Whole runs in a folder: what they write, and that no interruption leaves a trace."""
+
+import copy
+import fcntl
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from hgnn_moe_jax.config import Config
+from hgnn_moe_jax.errors import ConfigError, NonFiniteError, Preempted, UserError
+from hgnn_moe_jax.training import loop, run_folder
+
+TRAIN_FIELDS = {
+  *("kind", "step", "loss", "lm_loss", "weight_penalty", "output_penalty", "weight_strength"),
+  *("output_strength", "specialization", "specialization_mean", "emergency", "grad_norm"),
+  *("learning_rate", "tokens_per_second"),
+}
+EVAL_FIELDS = {
+  *("kind", "step", "split", "loss", "token_perplexity", "word_perplexity", "bits_per_byte"),
+  *("tokens", "words", "bytes"),
+}
+SUMMARY_FIELDS = {
+  *("config_name", "parameters", "steps", "tokens_seen", "train_seconds", "compile_seconds"),
+  *("tokens_per_second", "best", "last", "device", "unigram_perplexity"),
+}
+
+
+def read_json(path: pathlib.Path):
+  def refuse(constant):
+    raise AssertionError(f"bare {constant}")
+
+  return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_a_run_writes_what_other_tools_rely_on(finished, tiny_config):
+  lines = (finished / "metrics.jsonl").read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  by_kind = {k: [r for r in records if r["kind"] == k] for k in ("train", "eval", "event")}
+  assert len(records) == sum(map(len, by_kind.values()))
+  assert [r["step"] for r in by_kind["train"]] == list(range(1, 13))
+  for record in by_kind["train"]:
+    assert record.keys() >= TRAIN_FIELDS
+    for name in ("weight_penalty", "output_penalty", "weight_strength", "output_strength"):
+      assert len(record[name]) == 2
+    assert len(record["specialization"]) == len(record["emergency"]) == 2
+    assert record["specialization"] == record["weight_specialization"]
+    assert record["specialization_mean"] == pytest.approx(np.mean(record["specialization"]))
+    assert all(type(on) is bool for on in record["emergency"])
+    penalty = sum(
+      s * p
+      for kind in ("weight", "output")
+      for s, p in zip(record[f"{kind}_strength"], record[f"{kind}_penalty"], strict=True)
+    )
+    assert record["loss"] == pytest.approx(record["lm_loss"] + penalty, rel=1e-5)
+  # Linear warm-up of the strengths over 4 steps to 0.1.
+  strengths = [r["weight_strength"][0] for r in by_kind["train"]]
+  np.testing.assert_allclose(strengths[:6], [0, 0.025, 0.05, 0.075, 0.1, 0.1], rtol=1e-6)
+  assert by_kind["train"][0]["learning_rate"] == pytest.approx(5e-3)
+  assert by_kind["train"][1]["learning_rate"] == pytest.approx(1e-2)
+
+  assert [(r["step"], r["split"]) for r in by_kind["eval"]] == [
+    (6, "validation"),
+    (12, "validation"),
+  ]
+  for record in by_kind["eval"]:
+    assert record.keys() == EVAL_FIELDS
+  events = [(r["step"], r["name"]) for r in by_kind["event"]]
+  assert events == [
+    *[(4, "checkpoint"), (6, "best"), (6, "checkpoint"), (8, "checkpoint")],
+    *[(12, "best"), (12, "checkpoint")],
+  ]
+
+  content = read_json(finished / "config.json")
+  assert Config.from_dict(content["config"]) == tiny_config()
+  assert content["data"]["fingerprint"] and content["versions"]["jax"] == jax.__version__
+  assert content["device"]["platform"] == "cpu"
+  assert 0.9 < content["chance"]["weight_specialization"] < 1
+
+  summary = read_json(finished / "summary.json")
+  assert summary.keys() == SUMMARY_FIELDS
+  assert summary["parameters"] == content["parameters"] > 0
+  assert summary["steps"] == 12
+  assert summary["tokens_seen"] == sum(int(r["tokens"]) for r in by_kind["train"])
+  evals = [{k: v for k, v in r.items() if k != "kind"} for r in by_kind["eval"]]
+  assert summary["last"] == evals[-1]
+  assert summary["best"] == min(evals, key=lambda r: r["loss"])
+  steps = sorted(f.name for f in (finished / "checkpoints").iterdir())
+  assert steps == ["12", "8"]
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+  """stop_at(step, how): SIGTERM arrives while that step's dispatch is under way."""
+
+  def arrange(step: int, number: int = signal.SIGTERM) -> None:
+    once = iter([True])
+    feed = loop.Feeder.__call__
+
+    def call(self, first: int, n: int):
+      if first <= step - 1 < first + n and next(once, False):
+        os.kill(os.getpid(), number)
+      return feed(self, first, n)
+
+    monkeypatch.setattr(loop.Feeder, "__call__", call)
+
+  return arrange
+
+
+# One in each dispatch: before the first checkpoint, at a border, between two, at the last but one.
+@pytest.mark.parametrize(("step", "saved"), [(1, 3), (4, 4), (5, 6), (8, 8), (10, 9)])
+def test_stopped_and_continued_is_uninterrupted(
+  step, saved, tiny_config, tmp_path, stop_at, assert_same_run, read_metrics
+):
+  stop_at(step)
+  with pytest.raises(Preempted, match=rf"stopped on request at step {saved} of 12") as stopped:
+    loop.train(tiny_config(), tmp_path, quiet=True)
+  assert stopped.value.exit_status == 75
+  assert not (tmp_path / "summary.json").exists()
+  last = read_metrics(tmp_path)[-2:]
+  assert [r["name"] for r in last] == ["checkpoint", "preempted"]
+  assert [r["step"] for r in last] == [saved, saved]
+  summary = loop.train(tiny_config(), tmp_path, quiet=True)
+  assert_same_run(tmp_path)
+  assert summary["steps"] == 12
+
+
+def test_interrupted_twice_by_ctrl_c(tiny_config, tmp_path, stop_at, assert_same_run):
+  for step in (2, 7):
+    stop_at(step, signal.SIGINT)
+    with pytest.raises(Preempted):
+      loop.train(tiny_config(), tmp_path, quiet=True)
+  loop.train(tiny_config(), tmp_path, quiet=True)
+  assert_same_run(tmp_path)
+
+
+def test_a_stop_that_arrives_late_loses_no_record(
+  tiny_config, tmp_path, monkeypatch, assert_same_run
+):
+  """The event is set between the two places that could look at it."""
+
+  class Late(threading.Event):
+    asked = 0
+
+    def is_set(self):
+      self.asked += 1
+      return self.asked > 1
+
+  run_train = loop.Run.train
+
+  def train(self):
+    self.stop = Late()
+    return run_train(self)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Run, "train", train)
+    with pytest.raises(Preempted):
+      loop.train(tiny_config(), tmp_path, quiet=True)
+  loop.train(tiny_config(), tmp_path, quiet=True)
+  assert_same_run(tmp_path)
+
+
+def test_signal_handlers_are_put_back(tiny_config, finished):
+  before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  loop.train(tiny_config(), finished, quiet=True)
+  assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_crash_after_the_checkpoint_repeats_the_lost_steps(
+  tiny_config, tmp_path, monkeypatch, assert_same_run
+):
+  """As after kill -9: records beyond the checkpoint are cut off and written again."""
+
+  def crash(self):
+    self.metrics.write("train", 99, junk=True)
+    self.metrics.flush()
+    raise RuntimeError("power cut")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Run, "_evaluate", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+      loop.train(tiny_config(), tmp_path, quiet=True)
+  assert '"junk"' in (tmp_path / "metrics.jsonl").read_text()
+  loop.train(tiny_config(), tmp_path, quiet=True)
+  assert_same_run(tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["12", "8"])
+def test_damaged_checkpoints_cost_time_but_no_bit(
+  lost, tiny_config, tmp_path, finished, assert_same_run
+):
+  """With the newest damaged it continues from the one before; with all, it says so."""
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  for step in ("12", lost):
+    shutil.rmtree(workdir / "checkpoints" / step / "state", ignore_errors=True)
+  if lost == "8":
+    with pytest.raises(UserError, match=r"none of the checkpoints \[8, 12\] can be read"):
+      loop.train(tiny_config(), workdir, quiet=True)
+    return
+  loop.train(tiny_config(), workdir, quiet=True)
+  assert_same_run(workdir)
+
+
+def test_host_placement_and_dispatch_size_change_nothing(
+  tiny_config, tmp_path, read_metrics, finished, final_state, assert_same
+):
+  for name, changes in {
+    "host": {"data.placement": "host"},
+    "single": {"training.steps_per_dispatch": 1},
+  }.items():
+    loop.train(tiny_config(**changes), tmp_path / name, quiet=True)
+    assert read_metrics(tmp_path / name) == read_metrics(finished), name
+    assert_same(final_state(tmp_path / name), final_state(finished))
+
+
+def test_a_finished_run_is_left_alone(tiny_config, finished, tmp_path, monkeypatch):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished, workdir)
+  with open(workdir / "metrics.jsonl", "a") as file:  # as an evaluation of the test split does
+    file.write('{"kind": "eval", "step": 12, "split": "test"}\n')
+  files = {f: f.read_bytes() for f in workdir.rglob("*") if f.is_file()}
+  monkeypatch.setattr(loop.Run, "_train_steps", None)  # any attempt to train would fail
+  summary = loop.train(tiny_config(), workdir, quiet=True)
+  assert {f: f.read_bytes() for f in workdir.rglob("*") if f.is_file()} == files
+  written = read_json(workdir / "summary.json")
+  # Nothing was compiled this time; all else is as it was.
+  assert {**summary, "compile_seconds": written["compile_seconds"]} == written
+
+
+def test_epochs_give_the_number_of_steps(tiny_config):
+  config = tiny_config(**{"training.steps": 0, "training.epochs": 1.5})
+  examples = loop.load_corpus(config).splits["train"].examples.num_examples
+  from hgnn_moe_jax.training.assembly import total_steps
+
+  assert total_steps(config, examples) == round(1.5 * math.ceil(examples / 8)) > 100
+  assert total_steps(config, 16) == 3 and total_steps(config, 17) == 4  # 4.5 rounds to even
+  assert total_steps(tiny_config(), examples) == 12
+  tiny_epochs = tiny_config(**{"training.steps": 0, "training.epochs": 1e-9})
+  assert total_steps(tiny_epochs, examples) == 1
+
+
+def test_another_runs_folder_is_refused_with_the_differences(tiny_config, finished):
+  other = tiny_config(**{"training.learning_rate": 0.5, "seed": 1, "model.coupler": "mean"})
+  with pytest.raises(UserError, match="belongs to another run") as error:
+    loop.train(other, finished, quiet=True)
+  message = str(error.value)
+  assert "seed: 42 -> 1; model.coupler: 'graph' -> 'mean'" in message
+  assert "training.learning_rate: 0.01 -> 0.5" in message and "batch_size" not in message
+
+
+def test_free_fields_may_change_on_the_way(
+  tiny_config, tmp_path, stop_at, finished, read_metrics, final_state, assert_same
+):
+  stop_at(5)
+  with pytest.raises(Preempted):
+    loop.train(tiny_config(), tmp_path, quiet=True)
+  changed = tiny_config(
+    **{
+      "training.log_every": 4,
+      "training.steps_per_dispatch": 1,
+      "training.keep_checkpoints": 1,
+      "training.tensorboard": True,
+      "evaluation.batch_size": 5,
+    }
+  )
+  loop.train(changed, tmp_path, quiet=True)
+  assert_same(final_state(tmp_path), final_state(finished))
+  trained = [r for r in read_metrics(tmp_path) if r["kind"] == "train"]
+  assert [r["step"] for r in trained] == [1, 2, 3, 4, 5, 6, 8, 12]
+  wanted = {r["step"]: r for r in read_metrics(finished) if r["kind"] == "train"}
+  assert all(record == wanted[record["step"]] for record in trained)
+  assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_other_text_is_refused(tiny_config, text_file, tmp_path):
+  path = tmp_path / "text.txt"
+  shutil.copy(text_file, path)
+  config = tiny_config(**{"data.path": str(path)})
+  workdir = tmp_path / "run"
+  corpus = loop.load_corpus(config)
+  with run_folder.locked(workdir):
+    run_folder.claim(workdir, config, {"data": {"fingerprint": corpus.fingerprint}})
+  path.write_text(text_file.read_text().replace("graph", "grape", 1))
+  with pytest.raises(UserError, match=rf"content of the data: {corpus.fingerprint} -> "):
+    loop.train(config, workdir, quiet=True)
+
+
+def test_a_folder_in_use_is_refused(tiny_config, tmp_path):
+  with open(tmp_path / ".lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another process is training there"):
+      loop.train(tiny_config(), tmp_path, quiet=True)
+
+
+def test_checkpoints_without_a_config_are_refused(tiny_config, tmp_path):
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(UserError, match=r"has checkpoints but no config\.json"):
+    loop.train(tiny_config(), tmp_path, quiet=True)
+
+
+def test_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(
+  tiny_config, tmp_path, monkeypatch, read_metrics, final_state
+):
+  """The parameters are poisoned after step 5, so the loss of step 6 is NaN."""
+  feed = loop.Feeder.__call__
+
+  def poison(self, step: int, n: int):
+    if step == 5:
+      run.state = run.state._replace(
+        params=jax.tree.map(lambda a: a * np.float32(np.nan), run.state.params)
+      )
+    return feed(self, step, n)
+
+  run_train = loop.Run.train
+
+  def train(self):
+    nonlocal run
+    run = self
+    return run_train(self)
+
+  run = None
+  monkeypatch.setattr(loop.Feeder, "__call__", poison)
+  monkeypatch.setattr(loop.Run, "train", train)
+  config = tiny_config(**{"training.steps_per_dispatch": 1})
+  with pytest.raises(NonFiniteError, match=r"step 6: loss=nan .* checkpoint of step 4 is kept"):
+    loop.train(config, tmp_path, quiet=True)
+  records = read_metrics(tmp_path)
+  assert records[-1] == {"kind": "event", "step": 6, "name": "non_finite"}
+  assert records[-2]["step"] == 6 and records[-2]["loss"] == "nan"
+  state = final_state(tmp_path)
+  assert int(state.step) == 4
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_mistakes_are_told_before_the_folder_is_touched(tiny_config, tmp_path):
+  for changes in ({"training.warmup_steps": 12}, {"seed": -1}, {"training.batch_size": 10_000}):
+    with pytest.raises(ConfigError):
+      loop.train(tiny_config(**changes), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_the_config_is_not_changed_by_a_run(tiny_config, finished):
+  config = tiny_config()
+  before = copy.deepcopy(config)
+  loop.train(config, finished, quiet=True)
+  assert config == before
