@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 from hgnn_moe_jax.errors import ConfigError
 
@@ -21,6 +21,9 @@ COUPLERS = ("graph", "hypergraph", "mean", "matrix", "attention")
 HYPEREDGE_FAMILIES = ("pairs", "triplets", "all")
 SOURCES = ("sotu", "text", "json", "parquet", "hf", "tfds")
 TOKENIZERS = ("gpt2", "bpe", "bytes")
+# adaptive: schedule x depth x performance x emergency. schedule: schedule x depth. feedback: nuPI
+# on the score. convergence, performance: similarity, or the training loss, sets the strength.
+CONTROLLERS = ("constant", "schedule", "adaptive", "feedback", "convergence", "performance")
 
 
 def _free(default: Any) -> Any:
@@ -119,10 +122,30 @@ class OrthogonalityConfig:
 
 @dataclasses.dataclass(unsafe_hash=True, slots=True)
 class AdaptiveConfig:
-  """Who sets the strengths during training."""
+  """Who sets the strengths during training. Windows in steps, thresholds in units of the score."""
 
-  controller: str = "constant"
+  controller: str = "constant"  # constant: the strengths of `orthogonality`. Others: see below
   signal: str = "weight"  # the specialization that is controlled and logged: weight or output
+  objective: str = "weight"  # what the controller drives: weight, output or both
+  initial_strength: float = 0.1  # the base, per layer before scaling; never overwritten
+  minimum_strength: float = 0.001
+  maximum_strength: float = 0.3
+  decay_schedule: str = "cosine"  # over the run: cosine, exponential, linear, step, none
+  decay_floor: float = 0.1  # the schedule's last value, as a share of the first
+  adaptation_frequency: int = 50  # steps between two changes of the performance factor
+  target_specialization: float = 0.95
+  specialization_tolerance: float = 0.02
+  layer_specific: bool = True  # each layer by its own score, not all by their mean
+  deeper_layer_scaling: float = 0.8
+  performance_aware: bool = True
+  performance_window: int = 100  # steps without improvement that make a plateau
+  collapse_threshold: float = 0.1  # fall of the score within emergency_window
+  emergency_boost: bool = True
+  boost_multiplier: float = 2.0
+  emergency_window: int = 50
+  integral_gain: float = 0.01  # feedback: strength per unit of score and step
+  proportional_gain: float = 2.0  # feedback: strength per unit of score
+  error_filtering: float = 0.9  # feedback: nu of the filtered error
 
 
 @dataclasses.dataclass(unsafe_hash=True, slots=True)
@@ -191,6 +214,7 @@ class Config:
         f"use a value {bounds}",
       )
     self._validate_model()
+    self._validate_control()
     self._validate_data()
     self._validate_training()
     return self
@@ -213,10 +237,46 @@ class Config:
       raise ConfigError(
         "orthogonality.subspace_rank", o.subspace_rank, f"use less than embed_dim={m.embed_dim}"
       )
-    if m.num_experts == 1 and (o.weight_strength or o.output_strength):
+    if m.num_experts == 1 and any(self.penalties()):
       raise ConfigError(
-        "model.num_experts", 1, "orthogonality needs two experts; set both strengths to 0"
+        "model.num_experts",
+        1,
+        "orthogonality needs two experts; set both strengths to 0 and adaptive.controller=constant",
       )
+
+  def penalties(self) -> tuple[bool, bool]:
+    """Whether the weight and the output penalty are part of the loss."""
+    a, o = self.adaptive, self.orthogonality
+    driven = () if a.controller == "constant" else (a.objective,)
+    weight = o.weight_strength > 0 or "weight" in driven or "both" in driven
+    output = o.output_strength > 0 or "output" in driven or "both" in driven
+    return weight, output
+
+  def _validate_control(self) -> None:
+    a, o = self.adaptive, self.orthogonality
+    if a.controller == "constant":
+      return
+    if a.minimum_strength > a.maximum_strength:
+      raise ConfigError(
+        "adaptive.minimum_strength",
+        a.minimum_strength,
+        f"use at most adaptive.maximum_strength={a.maximum_strength}",
+      )
+    if a.specialization_tolerance >= a.target_specialization:
+      raise ConfigError(
+        "adaptive.specialization_tolerance",
+        a.specialization_tolerance,
+        f"use less than adaptive.target_specialization={a.target_specialization}",
+      )
+    driven = {"weight": ("weight",), "output": ("output",), "both": ("weight", "output")}
+    for name in driven[a.objective]:
+      if strength := getattr(o, f"{name}_strength"):
+        raise ConfigError(
+          f"orthogonality.{name}_strength",
+          strength,
+          f"set it to 0: adaptive.controller={a.controller} drives this penalty from "
+          "adaptive.initial_strength",
+        )
 
   def _validate_data(self) -> None:
     d = self.data
@@ -305,11 +365,11 @@ def difference(old: Config, new: Config) -> list[str]:
 def _require_types(config: Any, prefix: str = "") -> None:
   """Command-line values are converted and checked by their flags; those in a file are not."""
   for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    if field.type in _GROUPS.values():
+    value, kind = getattr(config, field.name), cast(type, field.type)
+    if kind in _GROUPS.values():
       _require_types(value, f"{field.name}.")
-    elif type(value) is not field.type and not (field.type is float and type(value) is int):
-      raise ConfigError(prefix + field.name, value, f"use a value of type {field.type.__name__}")
+    elif type(value) is not kind and not (kind is float and type(value) is int):
+      raise ConfigError(prefix + field.name, value, f"use a value of type {kind.__name__}")
 
 
 def _require(config: Config, field: str, holds: Any, cure: str) -> None:
@@ -332,8 +392,10 @@ _CHOICES = {
   "orthogonality.weight_target": ("ffn_input", "ffn_output", "attention", "combined"),
   "orthogonality.weight_form": ("gram", "spectral"),
   "orthogonality.output_form": ("cosine", "covariance"),
-  "adaptive.controller": ("constant",),
+  "adaptive.controller": CONTROLLERS,
   "adaptive.signal": ("weight", "output"),
+  "adaptive.objective": ("weight", "output", "both"),
+  "adaptive.decay_schedule": ("cosine", "exponential", "linear", "step", "none"),
   "training.optimizer": ("adamw", "muon"),
   "training.schedule": ("cosine", "wsd", "constant"),
 }
@@ -353,6 +415,21 @@ _RANGES = {
   "orthogonality.output_strength": (0.0, math.inf),
   "orthogonality.subspace_rank": (1, math.inf),
   "orthogonality.warmup_steps": (0, math.inf),
+  "adaptive.initial_strength": (1e-9, math.inf),
+  "adaptive.minimum_strength": (0.0, math.inf),
+  "adaptive.maximum_strength": (1e-9, math.inf),
+  "adaptive.decay_floor": (1e-6, 1.0),
+  "adaptive.adaptation_frequency": (1, math.inf),
+  "adaptive.target_specialization": (0.01, 0.9999),
+  "adaptive.specialization_tolerance": (1e-6, 0.5),
+  "adaptive.deeper_layer_scaling": (0.01, 1.0),
+  "adaptive.performance_window": (1, math.inf),
+  "adaptive.collapse_threshold": (0.001, 1.0),
+  "adaptive.boost_multiplier": (1.0, math.inf),
+  "adaptive.emergency_window": (10, math.inf),
+  "adaptive.integral_gain": (1e-9, math.inf),
+  "adaptive.proportional_gain": (0.0, math.inf),
+  "adaptive.error_filtering": (0.0, 0.9999),
   "training.steps": (0, math.inf),
   "training.epochs": (0.0, math.inf),
   "training.batch_size": (1, math.inf),

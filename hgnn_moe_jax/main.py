@@ -79,7 +79,9 @@ def _run(argv: list[str]) -> None:
     return
   config = _CONFIG.value
   if not isinstance(config, Config):
-    given = flags.FLAGS["config"].present and config_flags.get_config_filename(flags.FLAGS["config"])
+    given = flags.FLAGS["config"].present and config_flags.get_config_filename(
+      flags.FLAGS["config"]
+    )
     raise UserError(
       f"--config={given or ''}: no Config there; give a file such as configs/quickstart.py"
     )

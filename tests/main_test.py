@@ -28,17 +28,20 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys):
+def cli(monkeypatch, capsys, tmp_path):
   """cli(*arguments) -> Outcome of a command line, run in this process."""
 
   def run(*arguments: str) -> Outcome:
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["main", *arguments])
+    # The last config file's module, into which the next one would be loaded.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
       main.main()
     out, err = capsys.readouterr()
     return Outcome(stopped.value.code or 0, out, err)
 
+  monkeypatch.chdir(tmp_path)  # runs/NAME, if it comes to that, goes there
   compiled, filters = jax.config.jax_compilation_cache_dir, list(logging.get_absl_logger().filters)
   verbosity = logging.get_verbosity()
   yield run
@@ -75,7 +78,7 @@ OVERRIDES = [
   ("model.coupler=ring", r"config.model.coupler='ring': use one of graph, hypergraph, mean"),
   ("model.num_heads=3", r"config.model.num_heads=3: use a divisor of model.embed_dim=128"),
   ("model.dropout=1.5", r"config.model.dropout=1.5: use a value in \[0.0, 0.99\]"),
-  ("training.epochs=1", r"config.training.steps=240: set one of .* \(1.0\), not both"),
+  ("training.epochs=1", r"config.training.steps=\d+: set one of .* \(1.0\), not both"),
   ("training.learning_rate=nan", r"config.training.learning_rate=nan: use a value at least 0.0"),
   ("training.accumulation=3", r"config.training.accumulation=3: use a divisor of .*batch_size=16"),
   ("seed=-1", r"config.seed=-1: use a value in"),
@@ -84,9 +87,7 @@ OVERRIDES = [
 
 @pytest.mark.parametrize(("setting", "message"), OVERRIDES, ids=lambda v: v.split(":")[0])
 def test_mistaken_settings(setting, message, refused):
-  assert re.match(message, refused(QUICKSTART, f"--config.{setting}")) is not None or re.search(
-    message, refused(QUICKSTART, f"--config.{setting}")
-  )
+  assert re.search(message, refused(QUICKSTART, f"--config.{setting}"))
 
 
 def test_hyperedge_of_a_missing_expert(refused):

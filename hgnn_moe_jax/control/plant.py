@@ -4,6 +4,7 @@
 before they cost a training run; it knows nothing about language models.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -29,7 +30,6 @@ class Plant(NamedTuple):
     free_overlap: where it rests without a constraint, and where it starts.
     slope: how much lower it rests per unit of strength.
     time_constant: in steps.
-    delay: in steps, at least 1.
     noise: standard deviation of the measured score.
     clone_at: the step at which all experts become copies (overlap 0.9); -1 for never.
   """
@@ -37,17 +37,16 @@ class Plant(NamedTuple):
   free_overlap: float = 0.6
   slope: float = 0.5
   time_constant: float = 200.0
-  delay: int = 10
   noise: float = 0.01
   clone_at: int = -1
 
 
 class Trace(NamedTuple):
-  """What happened, per step: true overlap (before the step), strength, emergency."""
+  """What happened in each step: true overlap before it, strength, emergency."""
 
-  overlap_T: jax.Array
-  strength_T: jax.Array
-  emergency_T: jax.Array
+  overlap_NT: jax.Array
+  strength_NT: jax.Array
+  emergency_NT: jax.Array
 
 
 class Response(NamedTuple):
@@ -68,8 +67,22 @@ class Response(NamedTuple):
   swing: jax.Array
 
 
-def simulate(controller: Controller, plant: Plant, steps: int, key: jax.Array) -> Trace:
-  """Runs a controller of one layer's weight strength; `key` is for the noise and may be mapped."""
+@functools.partial(jax.jit, static_argnames=("controller", "steps", "delay"))
+def simulate(
+  controller: Controller, plant: Plant, keys_N: jax.Array, steps: int, delay: int = 10
+) -> Trace:
+  """Runs a controller of one layer's weight strength on N copies of the plant.
+
+  Args:
+    controller: with num_layers = 1.
+    plant: its numbers are traced: another plant is no new compilation.
+    keys_N: random keys, of the noise.
+    steps: T.
+    delay: steps from a strength to its effect, at least 1.
+
+  Returns:
+    A Trace of arrays [N, T].
+  """
 
   def step(carry, xs):
     (control, overlap, pipeline), (t, noise) = carry, xs
@@ -89,24 +102,29 @@ def simulate(controller: Controller, plant: Plant, steps: int, key: jax.Array) -
     pipeline = jnp.append(pipeline[1:], strength)
     return (controller.update(control, observation), overlap, pipeline), trace
 
-  start = (controller.init(), jnp.asarray(plant.free_overlap), jnp.zeros(plant.delay))
-  noise_T = plant.noise * jax.random.normal(key, (steps,))
-  return jax.lax.scan(step, start, (jnp.arange(steps), noise_T))[1]
+  def run(key):
+    noise_T = plant.noise * jax.random.normal(key, (steps,))
+    start = (controller.init(), jnp.asarray(plant.free_overlap, jnp.float32), jnp.zeros(delay))
+    return jax.lax.scan(step, start, (jnp.arange(steps), noise_T))[1]
+
+  return jax.vmap(run)(keys_N)
 
 
+@jax.jit
 def response(trace: Trace, set_point: float) -> Response:
-  """Measures the answer to a step from the first overlap of the trace to the set-point."""
-  overlap_T, strength_T = trace.overlap_T, trace.strength_T
-  steps = overlap_T.shape[0]
-  way = overlap_T[0] - set_point
-  outside_T = jnp.abs(overlap_T - set_point) > 0.05 * way
-  last = strength_T[-1000:]
+  """Measures the answers to a step from a trace's first overlap to the set-point; [N] each."""
+  overlap_NT, strength_NT = trace.overlap_NT, trace.strength_NT
+  steps = overlap_NT.shape[1]
+  way_N1 = overlap_NT[:, :1] - set_point
+  beyond_NT = (set_point - overlap_NT) / way_N1
+  count_1T = jnp.arange(1, steps + 1)[None]
+  rest_N = jnp.mean(beyond_NT[:, -(steps // 4) :], axis=1)
   return Response(
-    overshoot=jnp.maximum(set_point - jnp.min(overlap_T), 0.0) / way,
-    settling=jnp.max(jnp.where(outside_T, jnp.arange(steps) + 1, 0)),
-    steady_error=jnp.abs(jnp.mean(overlap_T[-(steps // 4) :]) - set_point) / way,
-    max_strength=jnp.max(strength_T),
-    swing=jnp.max(last) - jnp.min(last),
+    overshoot=jnp.maximum(jnp.max(beyond_NT, axis=1), 0.0),
+    settling=jnp.max(jnp.where(jnp.abs(beyond_NT) > 0.05, count_1T, 0), axis=1),
+    steady_error=jnp.abs(rest_N),
+    max_strength=jnp.max(strength_NT, axis=1),
+    swing=jnp.ptp(strength_NT[:, -1000:], axis=1),
   )
 
 
@@ -128,17 +146,19 @@ def controllers(target: float = 0.7) -> dict[str, Controller]:
 
 
 def bench(
-  entries: Mapping[str, Controller], plant: Plant, steps: int, seeds: int, set_point: float
+  entries: Mapping[str, Controller],
+  plant: Plant,
+  steps: int,
+  seeds: int,
+  set_point: float,
+  delay: int = 10,
 ) -> dict[str, Response]:
-  """Each controller's Response on the plant, with an axis of `seeds` in each of its fields."""
+  """Each controller's Response on the plant, for so many seeds of the noise."""
   keys = jax.random.split(jax.random.key(0), seeds)
-
-  def run(controller: Controller) -> Response:
-    return jax.jit(
-      jax.vmap(lambda key: response(simulate(controller, plant, steps, key), set_point))
-    )(keys)
-
-  return {name: run(controller) for name, controller in entries.items()}
+  return {
+    name: response(simulate(controller, plant, keys, steps, delay), set_point)
+    for name, controller in entries.items()
+  }
 
 
 def table(results: Mapping[str, Response]) -> str:

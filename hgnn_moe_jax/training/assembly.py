@@ -8,9 +8,12 @@ import jax
 import optax
 
 from hgnn_moe_jax.config import Config
+from hgnn_moe_jax.control import schedules, strategies
+from hgnn_moe_jax.control.adaptive import adaptive
 from hgnn_moe_jax.control.base import Controller
 from hgnn_moe_jax.control.constant import constant
-from hgnn_moe_jax.control.schedules import linear_warmup
+from hgnn_moe_jax.control.feedback import feedback
+from hgnn_moe_jax.control.supervision import make_actuator, make_watch
 from hgnn_moe_jax.data.corpus import Corpus
 from hgnn_moe_jax.models import language_model
 from hgnn_moe_jax.models.language_model import LanguageModel
@@ -49,12 +52,61 @@ def assemble(config: Config, corpus: Corpus) -> Assembly:
   params = jax.eval_shape(model.init, jax.random.key(0))
   learning_rate = optimizers.learning_rate_schedule(config.training, total)
   optimizer = optimizers.build(config.training, learning_rate, params)
-  controller = constant(
-    o.weight_strength, o.output_strength, config.model.num_layers, linear_warmup(o.warmup_steps)
-  )
+  controller = make_controller(config, total)
   state = jax.eval_shape(lambda: step.init_state(model, optimizer, controller, config.seed))
   parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
   return Assembly(model, optimizer, controller, learning_rate, total, state, parameters)
+
+
+def make_controller(config: Config, total_steps: int) -> Controller:
+  """The controller that `config.adaptive` describes, over a run of `total_steps`.
+
+  Every controller's strengths rise over orthogonality.warmup_steps; feedback's set-point does. A
+  penalty that the controller does not drive keeps its constant strength of `orthogonality`.
+  """
+  a, o = config.adaptive, config.orthogonality
+  warmup = schedules.linear_warmup(o.warmup_steps)
+  if a.controller == "constant":
+    return constant(o.weight_strength, o.output_strength, config.model.num_layers, warmup)
+  watch = make_watch(
+    config.model.num_layers,
+    signal=a.signal,
+    layer_specific=a.layer_specific,
+    target=a.target_specialization,
+    tolerance=a.specialization_tolerance,
+    performance_window=a.performance_window,
+    collapse_threshold=a.collapse_threshold,
+    emergency_window=a.emergency_window,
+  )
+  other = {"weight": o.output_strength, "output": o.weight_strength, "both": 0.0}[a.objective]
+  actuator = make_actuator(a.objective, a.minimum_strength, a.maximum_strength, other)
+  schedule = schedules.product(
+    warmup, schedules.decay(a.decay_schedule, total_steps, a.decay_floor)
+  )
+  boost = {"emergency_boost": a.emergency_boost, "boost_multiplier": a.boost_multiplier}
+  if a.controller == "feedback":
+    return feedback(
+      watch,
+      actuator,
+      schedule,
+      integral_gain=a.integral_gain,
+      proportional_gain=a.proportional_gain,
+      filtering=a.error_filtering,
+      **boost,
+    )
+  plan = (watch, actuator, schedule, a.initial_strength, a.deeper_layer_scaling)
+  if a.controller == "schedule":
+    return strategies.scheduled(*plan)
+  if a.controller == "convergence":
+    return strategies.convergence(*plan, **boost)
+  if a.controller == "performance":
+    return strategies.performance(*plan, **boost)
+  return adaptive(
+    *plan,
+    performance_aware=a.performance_aware,
+    adaptation_frequency=a.adaptation_frequency,
+    **boost,
+  )
 
 
 def total_steps(config: Config, num_examples: int) -> int:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -172,7 +173,7 @@ def checksums(state: TrainState, note: dict[str, Any]) -> dict[str, int]:
   with_paths, _ = jax.tree_util.tree_flatten_with_path(state)
   names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_paths]
   arrays = [
-    jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
     for _, leaf in with_paths
   ]
   with ThreadPoolExecutor() as pool:
@@ -181,4 +182,4 @@ def checksums(state: TrainState, note: dict[str, Any]) -> dict[str, int]:
 
 
 def _checksum(array: np.ndarray) -> int:
-  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+  return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

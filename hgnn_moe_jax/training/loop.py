@@ -25,6 +25,7 @@ from hgnn_moe_jax.training import run_folder
 from hgnn_moe_jax.training.assembly import Assembly, assemble, chance_levels
 from hgnn_moe_jax.training.checkpoint import Checkpointer
 from hgnn_moe_jax.training.evaluation import Evaluator
+from hgnn_moe_jax.training.events import Flags, changes, flags_of, no_flags
 from hgnn_moe_jax.training.optimizer import averaged_params
 from hgnn_moe_jax.training.progress import Display, Tracker, announce, make_display
 from hgnn_moe_jax.training.records import MetricWriter, environment, train_fields, write_json
@@ -161,12 +162,14 @@ class Run:
         "train_seconds": 0.0,
         "best": None,
         "last": None,
+        "flags": no_flags(config.model.num_layers)._asdict(),
       }
     else:
       self.state, note = restored
     self.step = int(self.state.step)
     self.tokens_seen, self.clock = note["tokens_seen"], Clock(note["train_seconds"])
     self.best, self.last = note["best"], note["last"]
+    self.flags = Flags(**note["flags"])
     self.compile_seconds = 0.0
     self.tracker = Tracker(config, workdir)
     self.display: Display = make_display(self.total, self.step, quiet)
@@ -226,7 +229,9 @@ class Run:
     dispatch = make_dispatch(
       step, self.config.training.steps_per_dispatch, self.config.model.max_length, self.fill
     )
-    compiled = dispatch.lower(self.state, feeder.example(), as_count(1)).compile()
+    # From the state's shapes, not from its arrays: a continued run's, which lie where Orbax put
+    # them, would give another program to compile.
+    compiled = dispatch.lower(a.abstract_state, feeder.example(), as_count(1)).compile()
     self.compile_seconds += time.perf_counter() - started
     return compiled
 
@@ -250,6 +255,9 @@ class Run:
     for k in range(pending.n):
       step = pending.first_step + k + 1
       one = jax.tree.map(lambda a, k=k: a[k], records)
+      before, self.flags = self.flags, flags_of(one)
+      for event in changes(before, self.flags):
+        self.metrics.write("event", step, **event)
       finite = math.isfinite(one.loss) and math.isfinite(one.grad_norm)
       if step % t.log_every == 0 or step == self.total or not finite:
         fields = train_fields(one, self.config.adaptive.signal, tokens / seconds)
@@ -292,6 +300,8 @@ class Run:
       f"step {self.step} validation: token perplexity {score.token_perplexity:.6g}, "
       f"word perplexity {score.word_perplexity:.6g}, bits per byte {score.bits_per_byte:.4f}"
     )
+    control = self.assembly.controller.observe_evaluation(self.state.control, score.loss)
+    self.state = self.state._replace(control=control)
     improved = self.best is None or score.loss < self.best["loss"]
     if improved:
       self.best = self.last
@@ -306,6 +316,7 @@ class Run:
       "train_seconds": self.clock.train_seconds,
       "best": self.best,
       "last": self.last,
+      "flags": self.flags._asdict(),
     }
     self.checkpointer.save(
       self.step, self.state, note, loss=self.last["loss"] if measured and self.last else None

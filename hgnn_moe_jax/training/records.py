@@ -51,8 +51,8 @@ def run_folder_errors(workdir: pathlib.Path) -> Iterator[None]:
     if number not in _UNWRITABLE:
       raise
     raise UserError(
-      f"--workdir={workdir}: cannot write ({os.strerror(number)}). Free space or choose a folder you "
-      "may write to, then run the same command again: it continues from the last checkpoint."
+      f"--workdir={workdir}: cannot write ({os.strerror(number)}). Free space or choose a folder "
+      "you may write to, then run the same command again: it continues from the last checkpoint."
     ) from error
 
 

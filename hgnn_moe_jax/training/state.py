@@ -37,6 +37,8 @@ class StepRecord(NamedTuple):
   output_specialization: jax.Array  # [L]
   effective_experts: jax.Array  # [L]
   emergency: jax.Array  # [L] bool
+  plateau: jax.Array  # bool
+  converged: jax.Array  # [L] bool
   gate_load: jax.Array  # [L, E]
   gate_entropy: jax.Array  # [L]
   grad_norm: jax.Array

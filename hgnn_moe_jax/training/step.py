@@ -69,6 +69,7 @@ def make_train_step(
   after it.
   """
   o, rounds = config.orthogonality, config.training.accumulation
+  penalise_weights, penalise_outputs = config.penalties()
 
   def data_loss(params, batch, strengths, total, key):
     x_BTD, aux = model.features(params, batch.inputs_BT, batch.weights_BT, key)
@@ -84,7 +85,7 @@ def make_train_step(
       gate_entropy_L=aux.gate_entropy_L / rounds,
     )
     loss = term.lm_loss
-    if o.output_strength:
+    if penalise_outputs:
       loss = loss + jnp.sum(strengths.output_L * term.output_penalty_L)
     return loss, term
 
@@ -116,12 +117,13 @@ def make_train_step(
     strengths: Strengths = jax.lax.stop_gradient(controller.strengths(state.control))
     key = jax.random.fold_in(state.key, state.step) if config.model.dropout else None
     grads, data = data_gradient(state.params, batch, strengths, key)
-    if o.weight_strength:
+    if penalise_weights:
       weight_grads, weight = jax.grad(weight_loss, has_aux=True)(state.params, strengths)
       grads = jax.tree.map(jnp.add, grads, weight_grads)
     else:
       _, weight = weight_loss(state.params, strengths)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    flags = controller.flags(state.control)
     observation = Observation(
       step=state.step,
       weight_specialization_L=weight.specialization_L,
@@ -141,7 +143,9 @@ def make_train_step(
       weight_specialization=weight.specialization_L,
       output_specialization=data.output_specialization_L,
       effective_experts=data.effective_experts_L,
-      emergency=controller.flags(state.control).emergency_L,
+      emergency=flags.emergency_L,
+      plateau=flags.plateau,
+      converged=flags.converged_L,
       gate_load=data.gate_load_LE,
       gate_entropy=data.gate_entropy_L,
       grad_norm=optax.tree.norm(grads),

@@ -8,7 +8,6 @@ import pytest
 from hgnn_moe_jax.control import plant, schedules
 from hgnn_moe_jax.control.adaptive import adaptive
 from hgnn_moe_jax.control.base import Observation
-from hgnn_moe_jax.control.feedback import feedback
 from hgnn_moe_jax.control.plant import Plant
 from hgnn_moe_jax.control.supervision import make_actuator, make_watch
 
@@ -21,21 +20,25 @@ def results():
   return plant.bench(CONTROLLERS, Plant(), STEPS, SEEDS, SET_POINT)
 
 
+def _simulate(name, plant_, seed=0):
+  keys = jax.random.split(jax.random.key(seed), SEEDS)
+  return jax.tree.map(np.asarray, plant.simulate(CONTROLLERS[name], plant_, keys, STEPS))
+
+
 def test_response_measures_what_it_says():
   # From 0.6 towards 0.3: undershoots to 0.27 (10 % of the way), rests at 0.306 (2 %) from step 6.
-  overlap_T = jnp.asarray([0.6, 0.5, 0.4, 0.27, 0.29, 0.33] + [0.306] * 10)
-  strength_T = jnp.asarray([0.0, 1.5] + [1.0] * 14)
-  result = plant.response(plant.Trace(overlap_T, strength_T, overlap_T > 1), 0.3)
-  np.testing.assert_allclose(result, [0.1, 6, 0.02, 1.5, 1.5], rtol=1e-4)
+  overlap_NT = jnp.asarray([[0.6, 0.5, 0.4, 0.27, 0.29, 0.33] + [0.306] * 10])
+  strength_NT = jnp.asarray([[0.0, 1.5] + [1.0] * 14])
+  result = plant.response(plant.Trace(overlap_NT, strength_NT, overlap_NT > 1), 0.3)
+  np.testing.assert_allclose(np.stack(result)[:, 0], [0.1, 6, 0.02, 1.5, 1.5], rtol=1e-4)
 
 
 def test_the_plant_answers_as_documented():
   # Free at 0.6; strength 0.3 from step 0, felt from step 10: 0.6 - 0.15 (1 - (1 - 1/200)^n).
-  trace = jax.jit(lambda key: plant.simulate(CONTROLLERS["scheduled"], Plant(noise=0.0), 300, key))(
-    jax.random.key(0)
-  )
-  felt = np.maximum(np.arange(300) - 10, 0)
-  np.testing.assert_allclose(trace.overlap_T, 0.6 - 0.15 * (1 - 0.995**felt), rtol=1e-4)
+  trace = _simulate("scheduled", Plant(noise=0.0))
+  felt = np.maximum(np.arange(STEPS) - 10, 0)
+  expected = 0.6 - 0.15 * (1 - 0.995**felt)
+  np.testing.assert_allclose(trace.overlap_NT, np.tile(expected, (SEEDS, 1)), rtol=1e-4)
 
 
 def test_feedback_settles_without_overshoot_or_error(results):
@@ -66,32 +69,23 @@ def test_the_strategies_stay_where_their_formulas_say(results):
 def test_no_limit_cycle_without_noise_at_three_times_the_delay_and_the_gain():
   watch, actuator = make_watch(1, target=0.7), make_actuator(minimum=0.0, maximum=2.0)
   law = adaptive(watch, actuator, schedules.constant_schedule(), 0.3, gain=0.012)
-  result = plant.bench({"": law}, Plant(noise=0.0, delay=30), STEPS, 1, SET_POINT)[""]
+  result = plant.bench({"": law}, Plant(noise=0.0), STEPS, 1, SET_POINT, delay=30)[""]
   np.testing.assert_array_equal(result.swing, [0.0])
 
 
 @pytest.mark.parametrize("name", ["feedback", "adaptive"])
 def test_strength_of_an_inactive_constraint(name):
   # Free overlap 0.1 is below 0.3: feedback is off, the multiplicative law at its lower limit.
-  keys = jax.random.split(jax.random.key(1), 3)
-  idle = Plant(free_overlap=0.1)
-  traces = jax.jit(jax.vmap(lambda key: plant.simulate(CONTROLLERS[name], idle, 4000, key)))(keys)
+  trace = _simulate(name, Plant(free_overlap=0.1), seed=1)
   if name == "feedback":
-    assert np.all(traces.strength_T[:, 500:] == 0.0)
+    assert np.all(trace.strength_NT[:, 500:] == 0.0)
   else:
-    np.testing.assert_allclose(traces.strength_T[:, -1], 0.3 / 4, rtol=1e-5)
+    np.testing.assert_allclose(trace.strength_NT[:, -1], 0.3 / 4, rtol=1e-5)
 
 
-WATCHED = {
-  name: make(make_watch(1, target=0.9), make_actuator(minimum=0.0), schedules.constant_schedule())
-  for name, make in {"adaptive": adaptive, "feedback": feedback}.items()
-}
-
-
-@pytest.mark.parametrize("name", WATCHED)
-def test_no_false_alarm_in_ten_thousand_healthy_steps(name):
+def test_no_false_alarm_in_ten_thousand_healthy_steps():
   # sigma 0.01 around a mean that drifts by 0.1 and back; effective experts with 3 % of noise.
-  controller = WATCHED[name]
+  watch = make_watch(1)
 
   def run(key):
     noise_T2 = jax.random.normal(key, (10_000, 2))
@@ -102,30 +96,28 @@ def test_no_false_alarm_in_ten_thousand_healthy_steps(name):
     def step(state, xs):
       t, score, effective = xs
       seen = Observation(t, score[None], score[None], effective[None], jnp.ones(()))
-      state = controller.update(state, seen)
-      return state, controller.flags(state).emergency_L[0]
+      state = watch.update(state, t, seen)
+      return state, state.collapse.active_L[0]
 
-    return jax.lax.scan(step, controller.init(), (t, score_T, effective_T))[1]
+    return jax.lax.scan(step, watch.init(), (t, score_T, effective_T))[1]
 
-  alarms = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(2), 5))
-  assert alarms.shape == (5, 10_000) and not np.any(alarms)
+  alarms = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(2), 10))
+  assert alarms.shape == (10, 10_000) and not np.any(alarms)
 
 
-@pytest.mark.parametrize("name", WATCHED)
+@pytest.mark.parametrize("name", ["adaptive", "feedback"])
 def test_a_clone_is_detected_within_fifty_steps(name):
-  # Score 0.95 (0.96 free of constraint) -> 0.1 at step 1000, back with the plant's own 200 steps.
-  healthy = Plant(free_overlap=0.05, clone_at=1000)
-  keys = jax.random.split(jax.random.key(3), 5)
-  run = jax.jit(jax.vmap(lambda key: plant.simulate(WATCHED[name], healthy, 2500, key)))
-  trace = run(keys)
-  assert not np.any(trace.emergency_T[:, :1000])
-  delay = np.argmax(trace.emergency_T[:, 1000:], axis=1)
-  assert np.all(trace.emergency_T.any(axis=1)) and np.all(delay <= 50), delay
-  # The strength rises at once, and the emergency is over when the score is back.
-  assert np.all(trace.strength_T[:, 1055] > 1.2 * trace.strength_T[:, 999])
-  ended = 1000 + delay + np.argmin(trace.emergency_T[:, 1000 + delay.max() :], axis=1)
-  assert np.all((ended > 1100) & (ended < 2000)), ended
-  assert not np.any(trace.emergency_T[:, -500:])
+  # Score 0.95 or more -> 0.1 at step 1000, back with the plant's own 200 steps.
+  trace = _simulate(name, Plant(free_overlap=0.05, clone_at=1000), seed=3)
+  emergency_NT, strength_NT = trace.emergency_NT, trace.strength_NT
+  assert not np.any(emergency_NT[:, :1000])
+  delay_N = np.argmax(emergency_NT[:, 1000:], axis=1)
+  assert np.all(emergency_NT.any(axis=1)) and np.all(delay_N <= 50), delay_N
+  # The strength rises at once. The emergency ends when the score is back, and none follows.
+  assert np.all(strength_NT[:, 1055] > 1.9 * strength_NT[:, 999])
+  assert np.all(strength_NT[:, 1055] > 0.1)
+  assert np.all((emergency_NT.sum(axis=1) > 100) & (emergency_NT.sum(axis=1) < 500))
+  assert not np.any(emergency_NT[:, 1500:])
 
 
 def test_the_table_has_a_line_for_each(results):

@@ -117,9 +117,7 @@ CASES = [_case("graph", 1)] + [
 GRADIENT_CASES = [
   _case(name, E)
   for name, E in [
-    ("graph", 1),
     ("graph", 3),
-    ("pairs", 4),
     ("triplets", 6),
     ("matrix", 2),
     ("attention", 8),
@@ -236,7 +234,7 @@ def dropped(built, quick_jit):
 
   @functools.cache
   def make(remat):
-    model, params = built(_config(3, dropout=0.5), _updates, remat)
+    model, params = built(_config(2, "mean", dropout=0.5), _updates, remat)
 
     def total(params, key):
       x_BTD, aux = model.features(params, _inputs(), jnp.ones((B, T)), key)
@@ -259,7 +257,7 @@ def test_rematerialisation_changes_nothing(dropped):
     run_remat(params, key),
     run(params, key),
   )
-  remat_model = language_model.build(_config(3), V, _updates, remat=True)
+  remat_model = language_model.build(_config(2, "mean"), V, _updates, remat=True)
   jaxpr = jax.make_jaxpr(jax.grad(lambda p: remat_model.logits(p, _inputs()).sum()))(params)
   assert "remat" in str(jaxpr) or "checkpoint" in str(jaxpr)
 
@@ -280,16 +278,16 @@ def test_layers_experts_and_tokens_have_dropout_masks_of_their_own(dropped):
   (_, (_, aux)), _ = run(params, jax.random.key(0))
   # An entry of an update is zero where both its parts are dropped: 1/2 x 1/2.
   zero_LEBTD = np.asarray(aux.measured) == 0
-  entries = zero_LEBTD.size  # 2 x 3 x 2 x 6 x 8 = 576, standard deviation 0.018
+  entries = zero_LEBTD.size  # 2 x 2 x 2 x 6 x 8 = 384, standard deviation 0.022
   assert abs(zero_LEBTD.mean() - 0.25) < 4 * (0.25 * 0.75 / entries) ** 0.5
   for axis in range(4):
     halves = np.moveaxis(zero_LEBTD, axis, 0)
     assert np.any(halves[0] != halves[1])
 
 
-def test_without_key_there_is_no_dropout(built, quick_jit):
-  model, params = built(_config(3, dropout=0.5))
-  plain, _ = built(_config(3, dropout=0.0))
+def test_without_key_there_is_no_dropout(built, quick_jit, loop):
+  model, params = built(_config(2, "mean", dropout=0.5))
+  plain, _ = built(_config(2, "mean", dropout=0.0))
   arguments = (params, _inputs(), np.ones((B, T), np.float32))
   off = quick_jit(lambda *a: model.features(*a, None)[0])(*arguments)
   wanted = quick_jit(lambda *a: plain.features(*a, jax.random.key(0))[0])(*arguments)
