@@ -1,9 +1,8 @@
-"""Graph-coupled experts on WikiText-2 with weight orthogonality. D384 L4 E4, one GPU.
+"""Graph-coupled experts on WikiText-2 with adaptive weight orthogonality. D384 L4 E4, one GPU.
 
 python -m hgnn_moe_jax.main --config=configs/adaptive.py
 
-Shows: the main experiment. The controller is still the constant one: strengths follow the warm-up
-and nothing else until the adaptive law lands.
+Shows: the main experiment, the adaptive law with cosine decay on the weight penalty.
 Result: not measured; needs a GPU for a sensible time.
 """
 
@@ -16,7 +15,7 @@ def get_config() -> Config:
   c.model.num_experts, c.model.coupler = 4, "graph"
   c.data.source, c.data.path, c.data.name = "hf", "Salesforce/wikitext", "wikitext-2-v1"
   c.data.rows = "lines"
-  c.orthogonality.weight_strength, c.orthogonality.warmup_steps = 0.1, 200
+  c.adaptive.controller, c.adaptive.decay_schedule = "adaptive", "cosine"
   c.training.epochs, c.training.batch_size = 8, 32
   c.training.learning_rate, c.training.warmup_steps = 5e-4, 200
   return c

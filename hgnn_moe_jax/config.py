@@ -143,6 +143,7 @@ class AdaptiveConfig:
   emergency_boost: bool = True
   boost_multiplier: float = 2.0
   emergency_window: int = 50
+  emergency_grace: int = 200  # no collapse before this step: scores fall fast in healthy youth
   integral_gain: float = 0.01  # feedback: strength per unit of score and step
   proportional_gain: float = 2.0  # feedback: strength per unit of score
   error_filtering: float = 0.9  # feedback: nu of the filtered error
@@ -427,6 +428,7 @@ _RANGES = {
   "adaptive.collapse_threshold": (0.001, 1.0),
   "adaptive.boost_multiplier": (1.0, math.inf),
   "adaptive.emergency_window": (10, math.inf),
+  "adaptive.emergency_grace": (0, math.inf),
   "adaptive.integral_gain": (1e-9, math.inf),
   "adaptive.proportional_gain": (0.0, math.inf),
   "adaptive.error_filtering": (0.0, 0.9999),

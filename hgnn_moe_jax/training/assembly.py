@@ -77,6 +77,7 @@ def make_controller(config: Config, total_steps: int) -> Controller:
     performance_window=a.performance_window,
     collapse_threshold=a.collapse_threshold,
     emergency_window=a.emergency_window,
+    grace=a.emergency_grace,
   )
   other = {"weight": o.output_strength, "output": o.weight_strength, "both": 0.0}[a.objective]
   actuator = make_actuator(a.objective, a.minimum_strength, a.maximum_strength, other)
