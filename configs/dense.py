@@ -3,7 +3,7 @@
 python -m hgnn_moe_jax.main --config=configs/dense.py
 
 Shows: what coupled experts must beat.
-RESULT
+Result: not measured yet.
 """
 
 from hgnn_moe_jax.config import Config

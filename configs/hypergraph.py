@@ -3,7 +3,7 @@
 python -m hgnn_moe_jax.main --config=configs/hypergraph.py
 
 Shows: what messages within groups of three bring over pairs (`graph`).
-RESULT
+Result: not measured yet.
 """
 
 from hgnn_moe_jax.config import Config

@@ -3,7 +3,7 @@
 python -m hgnn_moe_jax.main --config=configs/mean.py
 
 Shows: what the experts bring without a coupler.
-RESULT
+Result: not measured yet.
 """
 
 from hgnn_moe_jax.config import Config

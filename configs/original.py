@@ -6,7 +6,7 @@ Shows: our model under the original's protocol (lines of more than 30 characters
 tokens, padding masked by weight; batch 32, 8 epochs = 4,536 steps, AdamW 5e-4, cosine to 1e-6,
 dropout 0.1; weight and output penalties). The original reported a token perplexity of 93.57 after
 13.4 minutes on an A100. Token perplexity of this protocol compares with nothing else.
-Parameters: PARAMETERS (the original: 39.77 million, see docs/design.md).
+Parameters: 39,457,928 (the original: 39.77 million; docs/design.md explains the difference).
 Result: not measured; needs a GPU for a sensible time.
 """
 

@@ -4,7 +4,7 @@ make train
 python -m hgnn_moe_jax.main --config=configs/quickstart.py
 
 Shows: the whole way from text to a scored model, offline, in a few minutes.
-RESULT
+Result: not measured yet.
 """
 
 from hgnn_moe_jax.config import Config

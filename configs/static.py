@@ -3,7 +3,7 @@
 python -m hgnn_moe_jax.main --config=configs/static.py
 
 Shows: what weight orthogonality does to the loss and to the outputs.
-RESULT
+Result: not measured yet.
 """
 
 from hgnn_moe_jax.config import Config

@@ -3,7 +3,7 @@
 python -m hgnn_moe_jax.main --config=configs/static_output.py
 
 Shows: what functional orthogonality does to the loss.
-RESULT
+Result: not measured yet.
 """
 
 from hgnn_moe_jax.config import Config
