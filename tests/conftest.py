@@ -63,13 +63,11 @@ def text_file(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_config(text_file, tmp_path_factory):
+def tiny_config(text_file):
   """tiny_config(**{"training.steps": 6}) -> Config: the smallest run in which everything acts."""
-  cache_dir = tmp_path_factory.mktemp("cache")
-  # `main` keeps compiled programs there: its processes find those of the tests, and add to them.
-  compiled = pathlib.Path(jax.config.jax_compilation_cache_dir)
-  compiled.mkdir(parents=True, exist_ok=True)
-  (cache_dir / "xla").symlink_to(compiled.resolve())
+  # Always the same place: JAX's key of a compiled program has the path of its cache in it, and
+  # `main` keeps its programs below this one.
+  cache_dir = pathlib.Path(jax.config.jax_compilation_cache_dir) / "runs"
 
   def make(**changes: Any) -> Config:
     c = Config(name="tiny")

@@ -45,9 +45,9 @@ def test_lines_come_every_ten_seconds_and_at_the_end(monkeypatch, capsys):
   assert [line.split(" left")[0] for line in shown] == [
     *("step 21/100", "step 25/100", "step 100/100", "hello"),
   ]
-  # One step took 2 s and 79 are left; the 5 steps since step 20 took 12 s and 75 are left.
-  assert "left=00:02:38 total=5.432" in shown[0]
-  assert "left=00:03:00" in shown[1]
+  # Nothing is known of the pace before the first line. Then 4 steps took 10 s and 75 are left.
+  assert "left=? total=5.432" in shown[0]
+  assert "left=00:03:07 total=5.432" in shown[1]
   assert "left=00:00:00" in shown[2]
 
 
