@@ -123,12 +123,12 @@ def train(config: Config, workdir: pathlib.Path, quiet: bool = False) -> dict[st
     announce(f"{config.name}: reading {config.data.source} {config.data.path}".rstrip(), quiet)
     corpus = load_corpus(config)
     assembly = assemble(config, corpus)
+    run_folder.claim(workdir, config, _details(config, corpus, assembly))
     announce(
       f"{assembly.parameters:,} parameters, {assembly.total_steps:,} steps of "
       f"{config.training.batch_size} x {config.model.max_length} tokens; compiling",
       quiet,
     )
-    run_folder.claim(workdir, config, _details(config, corpus, assembly))
     with stop_requests() as stop:
       run = Run(config, workdir, corpus, assembly, stop, quiet)
       try:
