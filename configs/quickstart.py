@@ -4,8 +4,8 @@ make train
 python -m hgnn_moe_jax.main --config=configs/quickstart.py
 
 Shows: the whole way from text to a scored model, offline, in a few minutes.
-Result: validation token perplexity 345.9 (a unigram model has 849.8), word perplexity 1,449, bits per
-byte 1.791 after 160 steps; 166 s of training on 2 CPU cores, November 2026.
+Result: validation token perplexity 345.9 (a unigram model has 849.8), word perplexity 1,449, bits
+per byte 1.791 after 160 steps; 166 s of training on 2 CPU cores, November 2026.
 """
 
 from hgnn_moe_jax.config import Config
