@@ -98,15 +98,16 @@ def test_placement_does_not_change_the_data(examples):
 
 
 def test_closing_ends_the_thread(examples):
-  before = threading.active_count()
+  # By identity, not by number: threads of earlier tests may end meanwhile.
+  before = set(threading.enumerate())
   batches = pipeline.host_batches(examples, pipeline.Order(60, 0, 8), 16, FILL, 0)
   next(batches)
-  assert threading.active_count() > before
+  started = set(threading.enumerate()) - before
+  assert started
   batches.close()
-  for thread in threading.enumerate():
-    if thread is not threading.current_thread() and threading.active_count() > before:
-      thread.join(5)
-  assert threading.active_count() == before
+  for thread in started:
+    thread.join(5)
+  assert not any(thread.is_alive() for thread in started)
 
 
 @settings(max_examples=50, deadline=None)
