@@ -217,7 +217,13 @@ def test_host_placement_and_dispatch_size_change_nothing(
     "single": {"training.steps_per_dispatch": 1},
   }.items():
     loop.train(tiny_config(**changes), tmp_path / name, quiet=True)
-    assert read_metrics(tmp_path / name) == read_metrics(finished), name
+    rows, expected = read_metrics(tmp_path / name), read_metrics(finished)
+    for row, other in zip(rows, expected, strict=True):
+      # A report only: XLA may fuse the schedule's cosine differently where a buffer has one row,
+      # which has moved its last bit. The optimizer has its own, and the states are equal.
+      rate, other_rate = row.pop("learning_rate", 0), other.pop("learning_rate", 0)
+      assert rate == pytest.approx(other_rate, rel=1e-6)
+    assert rows == expected, name
     assert_same(final_state(tmp_path / name), final_state(finished))
 
 
