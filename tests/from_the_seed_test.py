@@ -15,7 +15,9 @@ from hgnn_moe_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "from-the-seed.md").read_text()
-SEED_FLAGS = """
+SEED_FLAGS = re.findall(
+  r"\w+",
+  """
 adaptive_weight_orthogonality initial_weight_orthogonality_strength
 minimum_weight_orthogonality_strength maximum_weight_orthogonality_strength adaptive_decay_schedule
 adaptation_frequency target_specialization_score specialization_tolerance layer_specific_adaptation
@@ -23,7 +25,8 @@ deeper_layer_scaling performance_aware_adaptation performance_monitor_window
 collapse_detection_threshold emergency_constraint_boost emergency_boost_multiplier
 emergency_detection_window coupler_type num_experts embed_dim num_layers
 apply_weight_orthogonality_loss weight_orthogonality_loss_weight dataset_config_name run_name
-""".split()
+""",
+)
 ROWS = dict(re.findall(r"^\| `--(\w+)` \| `([\w.]+)` \|", PAGE, re.MULTILINE))
 
 
@@ -45,12 +48,19 @@ def commands() -> list[str]:
 COMMANDS = commands()
 
 
+def split(command: str) -> list[str]:
+  """The arguments of a command that is to run in the project's root."""
+  program, option, module, *arguments = shlex.split(command)
+  assert (program, option, module) == ("python", "-m", "hgnn_moe_jax.main")
+  return [a.replace("=configs/", f"={ROOT}/configs/") for a in arguments]
+
+
 def parse(arguments: list[str]) -> Config:
   """The config of these arguments of hgnn_moe_jax.main, by flags of their own."""
-  values = flags.FlagValues()
+  values, argv = flags.FlagValues(), ["main", *arguments]
   sys.modules.pop("config_config", None)  # The last config file's, into which this one would load.
-  config_flags.DEFINE_config_file("config", flag_values=values)
-  assert values(["main", *arguments]) == ["main"], "every word is a flag"
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  assert values(argv) == ["main"], "every word is a flag"
   return values.config
 
 
@@ -71,7 +81,7 @@ def test_defaults_that_are_said_to_be_the_seeds(flag, value):
 
 
 def test_the_page_has_the_seeds_runs():
-  names = {parse(shlex.split(command)[3:]).name for command in COMMANDS}
+  names = {parse(split(command)).name for command in COMMANDS}
   assert names == {
     *("adaptive_basic", "static_baseline", "adaptive_vs_static_comparison"),
     *(f"adaptive_{s}" for s in ("cosine", "exponential", "linear", "step")),
@@ -82,10 +92,7 @@ def test_the_page_has_the_seeds_runs():
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.split("--config")[-1][:60])
 def test_commands_run_when_shrunk(command, tiny_config, tmp_path, shared_programs):
   """As written, with sizes, text and length of the tiny run appended: the last value counts."""
-  program, option, module, *arguments = shlex.split(command)
-  assert (program, option, module) == ("python", "-m", "hgnn_moe_jax.main")
-  arguments = [a.replace("=configs/", f"={ROOT}/configs/") for a in arguments]
-  tiny = tiny_config()
+  arguments, tiny = split(command), tiny_config()
   for field in ("embed_dim", "num_layers", "num_heads", "ffn_multiplier", "max_length"):
     arguments.append(f"--config.model.{field}={getattr(tiny.model, field)}")
   for field in ("source", "path", "tokenizer", "cache_dir", "name", "rows"):
