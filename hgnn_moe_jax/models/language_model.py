@@ -136,6 +136,17 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
   return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
+def is_expert_parameter(path: tuple[Any, ...]) -> bool:
+  """Whether the leaf at this path of a tree shaped like the parameters has leading axes [L, E].
+
+  Args:
+    path: as `jax.tree_util.tree_map_with_path` gives it; only its end is looked at, so that the
+      optimizer's moments are recognised, too.
+  """
+  names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
+  return names[-3:-1] == ["layers", "experts"]
+
+
 def head_kernel(params: Params) -> jax.Array:
   """[D, V] float32: the head's own kernel, or the embedding table transposed if it has none."""
   return params["head"] if "head" in params else params["embedding"].T

@@ -1,0 +1,1 @@
+"""What finished run folders say. Nothing here is needed to train."""

@@ -1,0 +1,79 @@
+"""What commands share: one line for a mistake, the --config flag, compiled code kept."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from hgnn_moe_jax.config import Config
+from hgnn_moe_jax.data.cache import cache_root
+from hgnn_moe_jax.errors import UserError
+
+
+def start(run: Callable[[list[str]], Any]) -> None:
+  """Parses the flags and calls `run(argv)`.
+
+  Exits with status 0, or with that of the UserError, whose message is all that is printed.
+  """
+  logging.set_verbosity(logging.WARNING)
+  # Orbax logs, with a traceback from each of its threads, what it also raises.
+  logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+  app.run(_in_one_line(run), flags_parser=_in_one_line(_parse))
+
+
+def define_config() -> flags.FlagHolder[Any]:
+  """The --config flag."""
+  return config_flags.DEFINE_config_file(
+    "config", help_string="File with get_config(); override with --config.group.field=value."
+  )
+
+
+def validated(config: Any) -> Config:
+  """The --config flag's value, checked; compiled code is kept from here on.
+
+  The second run of a config starts without compiling.
+  """
+  if not isinstance(config, Config):
+    given = flags.FLAGS["config"].present and config_flags.get_config_filename(
+      flags.FLAGS["config"]
+    )
+    raise UserError(
+      f"--config={given or ''}: no Config there; give a file such as configs/quickstart.py"
+    )
+  config.validate()
+  jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data.cache_dir) / "xla"))
+  return config
+
+
+def refuse_words(argv: list[str]) -> None:
+  """Raises UserError if there is a word on the command line that is no flag."""
+  if len(argv) > 1:
+    raise UserError(f"{argv[1]}: not understood; every option starts with --")
+
+
+def _in_one_line(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
+  @functools.wraps(function)
+  def wrapped(argv: list[str]) -> Any:
+    try:
+      return function(argv)
+    except UserError as error:
+      print("error:", *str(error).split(), file=sys.stderr)
+      sys.exit(error.exit_status)
+
+  return wrapped
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """absl's flags, and get_config() of the config file with the overrides."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:  # These name their flag.
+    raise UserError(str(error)) from None
+  except (KeyError, AttributeError, SyntaxError, ImportError) as error:
+    reason = error.args[0] if isinstance(error, KeyError) else error
+    given = " ".join(a for a in argv[1:] if a.startswith("--config"))
+    raise UserError(f"{given}: {reason}; the fields are in hgnn_moe_jax/config.py") from None
