@@ -18,7 +18,7 @@ except ImportError:
   raise UserError("figures need matplotlib: pip install 'hgnn_moe_jax[analysis]'") from None
 
 _COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#F0E442"]
-_STYLE = {
+_STYLE: Any = {
   "font.size": 11,
   "axes.spines.top": False,
   "axes.spines.right": False,
@@ -64,6 +64,44 @@ def collapse_drill(runs: Mapping[str, RunData], fault_step: int, path: pathlib.P
     for axes in axes_RL[-1]:
       axes.set_xlabel("training step")
     figure.legend(*axes_RL[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    save(figure, path)
+
+
+def comparison(groups: Mapping[str, list[RunData]], path: pathlib.Path) -> None:
+  """Specialization and strengths over time, a column per layer; mean and range over the seeds.
+
+  Args:
+    groups: label -> the runs of one config, one per seed; all with the same logged steps.
+    path: of the PNG; an SVG of the same name is written, too.
+  """
+  first = next(iter(groups.values()))[0]
+  layers = first.config.model.num_layers
+  rows = [
+    ("weight_specialization", "weight\nspecialization", first.chance.get("weight_specialization")),
+    ("output_specialization", "output\nspecialization", first.chance.get("output_specialization")),
+    ("weight_strength", "strength of the\nweight penalty", None),
+    ("output_strength", "strength of the\noutput penalty", None),
+  ]
+  with plt.rc_context(_STYLE):
+    figure, axes_RL = plt.subplots(
+      len(rows), layers, figsize=(5.0 * layers, 10.0), sharex=True, sharey="row", squeeze=False
+    )
+    for (field, label, chance), axes_L in zip(rows, axes_RL, strict=True):
+      for layer, axes in enumerate(axes_L):
+        for colour, (name, runs) in zip(_COLOURS, groups.items(), strict=False):
+          values = np.stack([smooth(run.train[field][:, layer], 5) for run in runs])
+          steps = runs[0].train["step"]
+          axes.plot(steps, values.mean(axis=0), color=colour, label=name, linewidth=1.6)
+          axes.fill_between(
+            steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0
+          )
+      axes_L[0].set_ylabel(label)
+      _chance(axes_L[0], chance)
+    for layer, axes in enumerate(axes_RL[0]):
+      axes.set_title(f"layer {layer}")
+    for axes in axes_RL[-1]:
+      axes.set_xlabel("training step")
+    figure.legend(*axes_RL[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     save(figure, path)
 
 

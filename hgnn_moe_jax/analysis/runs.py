@@ -17,6 +17,7 @@ class RunData(NamedTuple):
   Attributes:
     folder: where.
     config: the resolved config.
+    data: fingerprint and sizes of the text, from config.json.
     chance: expected scores of independent random experts, from config.json.
     train: field -> array, one entry per logged step first; "step" is one of the fields.
     evaluations: the "eval" records of the validation split, in order.
@@ -26,6 +27,7 @@ class RunData(NamedTuple):
 
   folder: pathlib.Path
   config: Config
+  data: dict[str, Any]
   chance: dict[str, float]
   train: dict[str, np.ndarray]
   evaluations: list[dict[str, Any]]
@@ -53,6 +55,7 @@ def read_run(folder: pathlib.Path) -> RunData:
   return RunData(
     folder=folder,
     config=config,
+    data=content.get("data", {}),
     chance=content.get("chance", {}),
     train={
       name: np.array([_number(r[name]) for r in train])
