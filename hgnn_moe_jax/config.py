@@ -137,6 +137,7 @@ class AdaptiveConfig:
   specialization_tolerance: float = 0.02
   layer_specific: bool = True  # each layer by its own score, not all by their mean
   deeper_layer_scaling: float = 0.8
+  pair_emphasis: float = 0.0  # 0: all pairs of experts alike; 1: in proportion to their overlap
   performance_aware: bool = True
   performance_window: int = 100  # steps without improvement that make a plateau
   collapse_threshold: float = 0.1  # fall of the score within emergency_window
@@ -256,6 +257,12 @@ class Config:
   def _validate_control(self) -> None:
     a, o = self.adaptive, self.orthogonality
     if a.controller == "constant":
+      if a.pair_emphasis:
+        raise ConfigError(
+          "adaptive.pair_emphasis",
+          a.pair_emphasis,
+          "set it to 0: adaptive.controller=constant adapts nothing",
+        )
       return
     if a.minimum_strength > a.maximum_strength:
       raise ConfigError(
@@ -424,6 +431,7 @@ _RANGES = {
   "adaptive.target_specialization": (0.01, 0.9999),
   "adaptive.specialization_tolerance": (1e-6, 0.5),
   "adaptive.deeper_layer_scaling": (0.01, 1.0),
+  "adaptive.pair_emphasis": (0.0, 10.0),
   "adaptive.performance_window": (1, math.inf),
   "adaptive.collapse_threshold": (0.001, 1.0),
   "adaptive.boost_multiplier": (1.0, math.inf),

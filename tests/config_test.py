@@ -153,6 +153,7 @@ REFUSED = [
     {"model.num_experts": 1, "orthogonality.weight_strength": 0.1},
     r"num_experts=1: orthogonality needs two experts",
   ),
+  ({"adaptive.pair_emphasis": 1.0}, r"pair_emphasis=1\.0: set it to 0: .*constant adapts nothing"),
   ({"data.tokenizer": "gpt9"}, r"tokenizer='gpt9': use gpt2, bpe, bytes or the path of a"),
   ({"data.source": "hf"}, r"data\.path='': data\.source=hf needs the data set's name"),
   ({"data.source": "text"}, r"data\.path='': data\.source=text needs a file or a folder"),

@@ -28,10 +28,18 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 class Strengths(NamedTuple):
-  """Multipliers of the penalties, one per objective and layer; float32, gradient stopped."""
+  """Multipliers of the penalties; float32, gradient stopped.
+
+  Attributes:
+    weight_L, output_L: one per objective and layer.
+    weight_pairs_LEE, output_pairs_LEE: factor of each pair's overlap within its layer, mean 1 over
+      the pairs; None where all pairs are treated alike.
+  """
 
   weight_L: jax.Array
   output_L: jax.Array
+  weight_pairs_LEE: jax.Array | None = None
+  output_pairs_LEE: jax.Array | None = None
 
 
 class Observation(NamedTuple):
@@ -43,6 +51,8 @@ class Observation(NamedTuple):
     output_specialization_L: 1 - mean |cos| of the experts' updates, float32 in [0, 1].
     effective_experts_L: float32 in [1, E].
     lm_loss: cross-entropy in nats per token, float32 scalar.
+    weight_overlap_LEE, output_overlap_LEE: what the penalties are made of, float32, at least 0;
+      None where nobody looks at single pairs.
   """
 
   step: jax.Array
@@ -50,6 +60,8 @@ class Observation(NamedTuple):
   output_specialization_L: jax.Array
   effective_experts_L: jax.Array
   lm_loss: jax.Array
+  weight_overlap_LEE: jax.Array | None = None
+  output_overlap_LEE: jax.Array | None = None
 
 
 class ControlFlags(NamedTuple):

@@ -13,6 +13,7 @@ from hgnn_moe_jax.control.adaptive import adaptive
 from hgnn_moe_jax.control.base import Controller
 from hgnn_moe_jax.control.constant import constant
 from hgnn_moe_jax.control.feedback import feedback
+from hgnn_moe_jax.control.pairs import pairwise
 from hgnn_moe_jax.control.supervision import make_actuator, make_watch
 from hgnn_moe_jax.data.corpus import Corpus
 from hgnn_moe_jax.models import language_model
@@ -59,7 +60,16 @@ def assemble(config: Config, corpus: Corpus) -> Assembly:
 
 
 def make_controller(config: Config, total_steps: int) -> Controller:
-  """The controller that `config.adaptive` describes, over a run of `total_steps`.
+  """The controller that `config.adaptive` describes, over a run of `total_steps`."""
+  controller = _layer_controller(config, total_steps)
+  emphasis, m = config.adaptive.pair_emphasis, config.model
+  if not emphasis:
+    return controller
+  return pairwise(controller, m.num_layers, m.num_experts, emphasis)
+
+
+def _layer_controller(config: Config, total_steps: int) -> Controller:
+  """Sets a strength per layer.
 
   Every controller's strengths rise over orthogonality.warmup_steps; feedback's set-point does. A
   penalty that the controller does not drive keeps its constant strength of `orthogonality`.

@@ -98,7 +98,7 @@ class MetricWriter:
 
 def train_fields(record: StepRecord, signal: str, tokens_per_second: float) -> dict[str, Any]:
   """A step's record as the fields of a "train" line; `record` holds one step's numpy values."""
-  fields: dict[str, Any] = record._asdict()
+  fields: dict[str, Any] = {k: v for k, v in record._asdict().items() if v is not None}
   controlled = fields["weight_specialization" if signal == "weight" else "output_specialization"]
   return {
     **fields,

@@ -33,6 +33,8 @@ class StepRecord(NamedTuple):
   output_penalty: jax.Array  # [L]
   weight_strength: jax.Array  # [L]
   output_strength: jax.Array  # [L]
+  weight_pairs: jax.Array | None  # [L, E, E] factor of each pair, or None: all alike
+  output_pairs: jax.Array | None  # [L, E, E]
   weight_specialization: jax.Array  # [L]
   output_specialization: jax.Array  # [L]
   effective_experts: jax.Array  # [L]

@@ -22,6 +22,7 @@ class DataTerm(NamedTuple):
   """What one pass over a batch, or over a part of it, gives."""
 
   lm_loss: jax.Array
+  output_overlap_LEE: jax.Array
   output_penalty_L: jax.Array
   output_specialization_L: jax.Array
   effective_experts_L: jax.Array
@@ -30,6 +31,7 @@ class DataTerm(NamedTuple):
 
 
 class WeightTerm(NamedTuple):
+  overlap_LEE: jax.Array
   penalty_L: jax.Array
   specialization_L: jax.Array
 
@@ -77,7 +79,10 @@ def make_train_step(
     overlap = aux.measured
     term = DataTerm(
       lm_loss=nll / total,
-      output_penalty_L=outputs.output_penalty(overlap.overlap_EE, overlap.scale_E, o.output_form)
+      output_overlap_LEE=overlap.overlap_EE / rounds,
+      output_penalty_L=outputs.output_penalty(
+        _by_pair(overlap.overlap_EE, strengths.output_pairs_LEE), overlap.scale_E, o.output_form
+      )
       / rounds,
       output_specialization_L=outputs.output_specialization(overlap.absolute_cosine_EE) / rounds,
       effective_experts_L=gram.effective_experts(overlap.cosine_EE) / rounds,
@@ -92,7 +97,11 @@ def make_train_step(
   def weight_loss(params, strengths):
     roles = model.expert_matrices(params, o.weight_target)
     overlap_LEE = weights.weight_overlap(roles, o.weight_form, o.subspace_rank)
-    term = WeightTerm(gram.off_diagonal_mean(overlap_LEE), weights.weight_specialization(roles))
+    term = WeightTerm(
+      overlap_LEE=overlap_LEE,
+      penalty_L=gram.off_diagonal_mean(_by_pair(overlap_LEE, strengths.weight_pairs_LEE)),
+      specialization_L=weights.weight_specialization(roles),
+    )
     return jnp.sum(strengths.weight_L * term.penalty_L), term
 
   def data_gradient(params, batch, strengths, key):
@@ -130,6 +139,8 @@ def make_train_step(
       output_specialization_L=data.output_specialization_L,
       effective_experts_L=data.effective_experts_L,
       lm_loss=data.lm_loss,
+      weight_overlap_LEE=weight.overlap_LEE,
+      output_overlap_LEE=data.output_overlap_LEE,
     )
     record = StepRecord(
       loss=data.lm_loss
@@ -140,6 +151,8 @@ def make_train_step(
       output_penalty=data.output_penalty_L,
       weight_strength=strengths.weight_L,
       output_strength=strengths.output_L,
+      weight_pairs=strengths.weight_pairs_LEE,
+      output_pairs=strengths.output_pairs_LEE,
       weight_specialization=weight.specialization_L,
       output_specialization=data.output_specialization_L,
       effective_experts=data.effective_experts_L,
@@ -162,6 +175,10 @@ def make_train_step(
     return new_state, record
 
   return train_step
+
+
+def _by_pair(overlap_LEE: jax.Array, pairs_LEE: jax.Array | None) -> jax.Array:
+  return overlap_LEE if pairs_LEE is None else overlap_LEE * pairs_LEE
 
 
 class Feed(NamedTuple):

@@ -68,7 +68,8 @@ def test_one_trace_and_the_state_keeps_its_types(name):
   for t, score in enumerate(_scores(4)):
     strengths, flags, new = step(state, observation(t, score))
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
-    for strength_L in strengths:
+    assert strengths.weight_pairs_LEE is None and strengths.output_pairs_LEE is None
+    for strength_L in (strengths.weight_L, strengths.output_L):
       assert strength_L.shape == (LAYERS,) and strength_L.dtype == jnp.float32
     for flag in flags:
       assert flag.dtype == jnp.bool_

@@ -47,6 +47,22 @@ def test_the_objective_decides_which_penalties_are_in_the_loss(objective, penalt
   assert config.penalties() == penalties
 
 
+def test_pairs_share_a_layers_strength_in_a_run(tiny_config, tmp_path, read_metrics):
+  changes = adaptive_changes("adaptive", **{"adaptive.pair_emphasis": 1.0})
+  loop.train(tiny_config(**changes), tmp_path, quiet=True)
+  train = [r for r in read_metrics(tmp_path) if r["kind"] == "train"]
+  first, *rest = (np.asarray(r["weight_pairs"]) for r in train)
+  np.testing.assert_array_equal(first, [1.0 - np.eye(3)] * 2)
+  for pairs in rest:
+    assert pairs.sum() == pytest.approx(12.0, rel=1e-4) and pairs.std() > 0.5
+  assert np.asarray(train[-1]["output_pairs"]).shape == (2, 3, 3)
+
+
+def test_without_emphasis_no_pairs_are_written(tiny_config, tmp_path, read_metrics):
+  loop.train(tiny_config(**adaptive_changes("adaptive")), tmp_path, quiet=True)
+  assert not any("pairs" in name for record in read_metrics(tmp_path) for name in record)
+
+
 def test_two_masters_for_one_penalty_are_refused(tiny_config):
   changes = adaptive_changes("adaptive")
   with pytest.raises(ConfigError, match=r"orthogonality.weight_strength=0.1: set it to 0"):

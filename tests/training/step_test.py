@@ -120,6 +120,42 @@ def test_loss_is_the_sum_of_its_terms_once(plain_step):
   assert_close(gradient_of(pieces, pieces.state, batch), plain, 2e-5)
 
 
+def test_pairs_weigh_their_overlap_in_the_loss(plain_step):
+  """The pair 0, 1 counts three times in the weight penalty, the pair 1, 2 in the output penalty."""
+  pieces, batch = plain_step(), batch_of(8)
+  model, constant = pieces.assembly.model, pieces.assembly.controller
+  weight_pairs, output_pairs = np.zeros((2, 2, 3, 3), np.float32)
+  weight_pairs[:, (0, 1), (1, 0)] = output_pairs[:, (1, 2), (2, 1)] = 3.0
+  controller = constant._replace(
+    strengths=lambda s: Strengths(jnp.ones(2), jnp.ones(2), weight_pairs, output_pairs)
+  )
+  step = jax.jit(
+    make_train_step(model, optax.sgd(RATE), controller, lambda count: 0.1, pieces.config)
+  )
+
+  def naive(params):
+    lm_loss, *_ = naive_terms(model, params, batch)
+    _, aux = model.features(params, batch.inputs_BT, batch.weights_BT, None)
+    output_L = aux.measured.overlap_EE[:, 1, 2]
+    weight_L = jnp.zeros(2)
+    for w_LEDK in model.expert_matrices(params, "combined").values():
+      a_LX, b_LX = w_LEDK[:, 0].reshape(2, -1), w_LEDK[:, 1].reshape(2, -1)
+      norms_L = jnp.linalg.norm(a_LX, axis=-1) * jnp.linalg.norm(b_LX, axis=-1)
+      weight_L += jnp.square(jnp.sum(a_LX * b_LX, axis=-1) / norms_L)
+    return lm_loss + weight_L.sum() + output_L.sum(), (weight_L, output_L)
+
+  (loss, (weight_L, output_L)), gradient = jax.jit(jax.value_and_grad(naive, has_aux=True))(
+    pieces.state.params
+  )
+  after, record = step(pieces.state, batch)
+  np.testing.assert_allclose(record.loss, loss, rtol=1e-5)
+  np.testing.assert_allclose(record.weight_penalty, weight_L, rtol=1e-5)
+  np.testing.assert_allclose(record.output_penalty, output_L, rtol=1e-5)
+  got = jax.tree.map(lambda a, b: (a - b) / RATE, pieces.state.params, after.params)
+  assert_close(got, gradient, 2e-5)
+  np.testing.assert_array_equal(record.weight_pairs, weight_pairs)
+
+
 @pytest.fixture
 def without_penalties(plain_step):
   return plain_step(**{"orthogonality.weight_strength": 0.0, "orthogonality.output_strength": 0.0})
