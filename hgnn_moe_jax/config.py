@@ -9,6 +9,7 @@ A field whose metadata says `meaning=False` may change between a run and its con
 changing any result (how often to log, where the cache lies). All others must agree on resume.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -352,6 +353,15 @@ _GROUPS: dict[str, Any] = {
   "training": TrainingConfig,
   "evaluation": EvaluationConfig,
 }
+
+
+def with_fields(config: Config, changes: dict[str, Any]) -> Config:
+  """A copy of the config in which these fields, named as in "model.num_heads", are set."""
+  changed = copy.deepcopy(config)
+  for field, value in changes.items():
+    *group, name = field.split(".")
+    setattr(getattr(changed, group[0]) if group else changed, name, value)
+  return changed
 
 
 def difference(old: Config, new: Config) -> list[str]:

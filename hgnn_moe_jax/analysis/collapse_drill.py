@@ -10,7 +10,6 @@ ordinary runs: stopped, the same command continues.
 Writes WORKDIR/drill.json, drill.md and drill.png; WORKDIR/ARM and WORKDIR/ARM-fault are the runs.
 """
 
-import copy
 import pathlib
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from absl import flags
 
 from hgnn_moe_jax import cli
 from hgnn_moe_jax.analysis.runs import RunData, read_run
-from hgnn_moe_jax.config import Config
+from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.training.records import write_json
 
@@ -44,15 +43,6 @@ _SMALL = {
   **{"model.embed_dim": 32, "model.num_layers": 2, "model.num_heads": 2, "model.max_length": 32},
   **{"data.vocab_size": 512, "training.batch_size": 8, "training.steps_per_dispatch": 100},
 }
-
-_CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", "runs/collapse_drill", "Folder of the drill's runs.")
-_ARMS = flags.DEFINE_list("arms", list(ARMS), "Which arms, of " + ", ".join(ARMS) + ".")
-_FAULT_STEP = flags.DEFINE_integer("fault_step", 300, "Steps before the fault.", 1)
-_NOISE = flags.DEFINE_float("noise", 0.01, "Noise on the copies, as a share of the RMS weight.", 0)
-_HEALTHY_STEPS = flags.DEFINE_integer(
-  "healthy_steps", 0, "Also train a small model so long, without fault, and count alarms.", 0
-)
 
 
 class Outcome(NamedTuple):
@@ -80,15 +70,6 @@ class Outcome(NamedTuple):
   perplexity: float
   healthy_perplexity: float
   false_alarms: int
-
-
-def with_fields(config: Config, changes: dict[str, Any]) -> Config:
-  """A copy of the config with these fields, given as "group.name", set."""
-  changed = copy.deepcopy(config)
-  for field, value in changes.items():
-    *group, name = field.split(".")
-    setattr(getattr(changed, group[0]) if group else changed, name, value)
-  return changed
 
 
 def drill(
@@ -202,26 +183,47 @@ def table(outcomes: list[Outcome]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def _run(argv: list[str]) -> None:
-  cli.refuse_words(argv)
-  from hgnn_moe_jax.analysis import figures  # Early: a missing matplotlib is told before training.
+def main() -> None:
+  """The command."""
+  given_config = cli.define_config()
+  folder = flags.DEFINE_string("workdir", "runs/collapse_drill", "Folder of the drill's runs.")
+  given_arms = flags.DEFINE_list("arms", list(ARMS), "Which arms, of " + ", ".join(ARMS) + ".")
+  fault_step = flags.DEFINE_integer("fault_step", 300, "Steps before the fault.", 1)
+  noise = flags.DEFINE_float("noise", 0.01, "Noise on the copies, as a share of the RMS weight.", 0)
+  healthy_steps = flags.DEFINE_integer(
+    "healthy_steps", 0, "Also train a small model so long, without fault, and count alarms.", 0
+  )
 
-  config, workdir = cli.validated(_CONFIG.value), pathlib.Path(_WORKDIR.value)
-  outcomes = drill(config, workdir, _ARMS.value, _FAULT_STEP.value, _NOISE.value)
-  healthy = [
-    false_alarms(config, workdir, arm, _HEALTHY_STEPS.value)
-    for arm in _ARMS.value
-    if _HEALTHY_STEPS.value and ARMS[arm]["adaptive.controller"] != "constant"
-  ]
-  content = {"fault_step": _FAULT_STEP.value, "noise": _NOISE.value, "healthy": healthy}
-  write_json(workdir / "drill.json", {**content, "arms": [o._asdict() for o in outcomes]})
-  (workdir / "drill.md").write_text(table(outcomes))
-  damaged = {arm: read_run(workdir / f"{arm}-fault") for arm in _ARMS.value}
-  figures.collapse_drill(damaged, _FAULT_STEP.value, workdir / "drill.png")
-  print(table(outcomes), end="")
-  for h in healthy:
-    print(f"{h['arm']}: {h['false_alarms']} false alarms in {h['steps']:,} steps of a small model")
+  def run(argv: list[str]) -> None:
+    cli.refuse_words(argv)
+    from hgnn_moe_jax.analysis import (
+      figures,
+    )  # Early: a missing matplotlib is told before training.
+
+    config, workdir, arms = (
+      cli.validated(given_config.value),
+      pathlib.Path(folder.value),
+      given_arms.value,
+    )
+    outcomes = drill(config, workdir, arms, fault_step.value, noise.value)
+    healthy = [
+      false_alarms(config, workdir, arm, healthy_steps.value)
+      for arm in arms
+      if healthy_steps.value and ARMS[arm]["adaptive.controller"] != "constant"
+    ]
+    content = {"fault_step": fault_step.value, "noise": noise.value, "healthy": healthy}
+    write_json(workdir / "drill.json", {**content, "arms": [o._asdict() for o in outcomes]})
+    (workdir / "drill.md").write_text(table(outcomes))
+    damaged = {arm: read_run(workdir / f"{arm}-fault") for arm in arms}
+    figures.collapse_drill(damaged, fault_step.value, workdir / "drill.png")
+    print(table(outcomes), end="")
+    for h in healthy:
+      print(
+        f"{h['arm']}: {h['false_alarms']} false alarms in {h['steps']:,} steps of a small model"
+      )
+
+  cli.start(run)
 
 
 if __name__ == "__main__":
-  cli.start(_run)
+  main()

@@ -24,9 +24,6 @@ from hgnn_moe_jax.analysis.runs import RunData, read_run
 from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.errors import UserError
 
-_BASELINE = flags.DEFINE_string("baseline", None, "Name of the group that others are compared to.")
-_OUTPUT = flags.DEFINE_string("output", "runs/comparison", "Folder for the table and the figure.")
-
 
 class Interval(NamedTuple):
   """A mean and the half-width of its 95 % interval by Student's t; nan for one value."""
@@ -253,19 +250,26 @@ def _prefixed(prefix: str, fields: Mapping[str, float]) -> dict[str, float]:
   return {f"{prefix}_{name}": value for name, value in fields.items()}
 
 
-def _run(argv: list[str]) -> None:
-  from hgnn_moe_jax.analysis import figures
+def main() -> None:
+  """The command."""
+  baseline = flags.DEFINE_string("baseline", None, "Name of the group to compare the others with.")
+  folder = flags.DEFINE_string("output", "runs/comparison", "Folder for the table and the figure.")
 
-  folders, output = [pathlib.Path(word) for word in argv[1:]], pathlib.Path(_OUTPUT.value)
-  groups = group_runs([read_run(folder) for folder in folders])
-  rows = compare(groups, _BASELINE.value)
-  chance = next(iter(groups.values()))[0].chance
-  output.mkdir(parents=True, exist_ok=True)
-  (output / "comparison.md").write_text(markdown(rows, chance))
-  (output / "comparison.csv").write_text(as_csv(rows))
-  figures.comparison(groups, output / "comparison.png")
-  print(markdown(rows, chance), end="")
+  def run(argv: list[str]) -> None:
+    from hgnn_moe_jax.analysis import figures
+
+    output = pathlib.Path(folder.value)
+    groups = group_runs([read_run(pathlib.Path(word)) for word in argv[1:]])
+    rows = compare(groups, baseline.value)
+    chance = next(iter(groups.values()))[0].chance
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "comparison.md").write_text(markdown(rows, chance))
+    (output / "comparison.csv").write_text(as_csv(rows))
+    figures.comparison(groups, output / "comparison.png")
+    print(markdown(rows, chance), end="")
+
+  cli.start(run)
 
 
 if __name__ == "__main__":
-  cli.start(_run)
+  main()

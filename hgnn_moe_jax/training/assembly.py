@@ -42,14 +42,8 @@ class Assembly(NamedTuple):
 
 def assemble(config: Config, corpus: Corpus) -> Assembly:
   """Builds everything without allocating any parameter."""
-  o = config.orthogonality
   total = total_steps(config, corpus.splits["train"].examples.num_examples)
-  model = language_model.build(
-    config.model,
-    corpus.tokenizer.vocab_size,
-    measure=functools.partial(outputs.update_overlap, form=o.output_form),
-    remat=config.training.remat,
-  )
+  model = build_model(config, corpus.tokenizer.vocab_size)
   params = jax.eval_shape(model.init, jax.random.key(0))
   learning_rate = optimizers.learning_rate_schedule(config.training, total)
   optimizer = optimizers.build(config.training, learning_rate, params)
@@ -57,6 +51,16 @@ def assemble(config: Config, corpus: Corpus) -> Assembly:
   state = jax.eval_shape(lambda: step.init_state(model, optimizer, controller, config.seed))
   parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
   return Assembly(model, optimizer, controller, learning_rate, total, state, parameters)
+
+
+def build_model(config: Config, vocab_size: int) -> LanguageModel:
+  """The config's model, whose layers measure the overlap of their experts' updates."""
+  return language_model.build(
+    config.model,
+    vocab_size,
+    measure=functools.partial(outputs.update_overlap, form=config.orthogonality.output_form),
+    remat=config.training.remat,
+  )
 
 
 def make_controller(config: Config, total_steps: int) -> Controller:
