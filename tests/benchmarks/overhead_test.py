@@ -1,0 +1,53 @@
+"""The overhead benchmark compares what it says it compares."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import overhead
+
+VOCAB = 64
+
+
+@pytest.fixture(autouse=True)
+def _optax_promotes():
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+def primitives(step, state, batch) -> str:
+  return str(jax.make_jaxpr(step)(state, batch))
+
+
+def test_only_the_step_without_knows_nothing_of_overlap(tiny_config):
+  """Effective experts need eigenvalues; no other part of a step does."""
+  config = tiny_config(**{"model.dropout": 0.0})
+  batch = overhead.random_batch(config, VOCAB)
+  assert "eigh" not in primitives(*overhead.step_without(config, VOCAB), batch)
+  assert "eigh" in primitives(*overhead.step_with(config, VOCAB), batch)
+
+
+def test_both_steps_train_the_same_model_alike(tiny_config):
+  """The same parameters give the same loss and gradient norm."""
+  changes = {"orthogonality.weight_strength": 0.0, "orthogonality.output_strength": 0.0}
+  config = tiny_config(**changes, **{"model.dropout": 0.0})
+  batch = overhead.random_batch(config, VOCAB)
+  step, state = overhead.step_with(config, VOCAB)
+  plain, (_, opt_state, key) = overhead.step_without(config, VOCAB)
+  _, (loss, norm) = jax.jit(plain)((state.params, opt_state, key), batch)
+  _, record = jax.jit(step)(state, batch)
+  np.testing.assert_allclose(loss, record.lm_loss, rtol=1e-5)
+  np.testing.assert_allclose(norm, record.grad_norm, rtol=1e-4)
+
+
+def test_every_variant_is_timed_against_without(tiny_config, monkeypatch):
+  pairs = {name: overhead.VARIANTS[name] for name in ("measured", "adaptive both, pairs")}
+  monkeypatch.setattr(overhead, "VARIANTS", pairs)
+  result = overhead.measure(tiny_config(), VOCAB, rounds=3)
+  assert list(result) == ["without", "measured", "adaptive both, pairs"]
+  assert result["without"]["ratio"] == 1.0
+  for r in result.values():
+    assert 0.0 < r["seconds"] and 0.0 < r["ratio_low"] <= r["ratio"] <= r["ratio_high"] < math.inf
+  assert "| without |" in overhead.table(result)
