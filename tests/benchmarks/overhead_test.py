@@ -49,5 +49,5 @@ def test_every_variant_is_timed_against_without(tiny_config, monkeypatch):
   assert list(result) == ["without", "measured", "adaptive both, pairs"]
   assert result["without"]["ratio"] == 1.0
   for r in result.values():
-    assert 0.0 < r["seconds"] and 0.0 < r["ratio_low"] <= r["ratio"] <= r["ratio_high"] < math.inf
+    assert r["seconds"] > 0.0 and 0.0 < r["ratio_low"] <= r["ratio"] <= r["ratio_high"] < math.inf
   assert "| without |" in overhead.table(result)
