@@ -4,7 +4,8 @@ python -m hgnn_moe_jax.main --config=configs/adaptive_output.py
 
 Shows: the law that reads the output specialization and drives the output penalty. The target of
 0.9 lies a little below chance for D128, which is 0.93: experts that are unrelated would reach it.
-Result: not measured yet.
+Result: validation token perplexity 176.2 ± 1.2, word 810.8 at 400 steps, 3 seeds; 174.6 ± 2.6
+and 801.3 without a penalty. docs/adaptive-orthogonality.md has the comparison.
 """
 
 from hgnn_moe_jax.config import Config

@@ -3,7 +3,8 @@
 python -m hgnn_moe_jax.main --config=configs/static.py
 
 Shows: what weight orthogonality does to the loss and to the outputs.
-Result: not measured yet.
+Result: validation token perplexity 174.7 ± 2.5, word 801.5 at 400 steps, 3 seeds; 174.6 ± 2.6
+and 801.3 without a penalty. docs/adaptive-orthogonality.md has the comparison.
 """
 
 from hgnn_moe_jax.config import Config

@@ -3,7 +3,8 @@
 python -m hgnn_moe_jax.main --config=configs/static_output.py
 
 Shows: what functional orthogonality does to the loss.
-Result: not measured yet.
+Result: validation token perplexity 176.2 ± 0.7, word 810.4 at 400 steps, 3 seeds; 174.6 ± 2.6
+and 801.3 without a penalty. docs/adaptive-orthogonality.md has the comparison.
 """
 
 from hgnn_moe_jax.config import Config
