@@ -6,7 +6,14 @@ from typing import Any
 import numpy as np
 
 from hgnn_moe_jax.analysis.runs import RunData
-from hgnn_moe_jax.analysis.style import colour, draw_chance, line_style, panels, smooth
+from hgnn_moe_jax.analysis.style import (
+  colour,
+  draw_chance,
+  line_style,
+  panels,
+  plain_numbers,
+  smooth,
+)
 
 # Event name -> marker and what it says in a legend.
 _EVENTS = {
@@ -71,6 +78,7 @@ def loss(run: RunData, path: pathlib.Path) -> None:
     left.set(xlabel="training step", ylabel="cross-entropy, nats per token")
     left.legend()
     right.set(xlabel="training step", ylabel="validation token perplexity", yscale="log")
+    plain_numbers(right)
 
 
 def strengths(run: RunData, path: pathlib.Path) -> None:
@@ -78,10 +86,15 @@ def strengths(run: RunData, path: pathlib.Path) -> None:
   with panels(1, 2, path, 10.0, 4.2, sharex=True) as (figure, axes):
     for panel, kind in zip(axes[0], ("weight", "output"), strict=True):
       _layers(panel, run, f"{kind}_strength")
-      _events(panel, run, f"{kind}_strength")
+      if run.train[f"{kind}_strength"].any():
+        _events(panel, run, f"{kind}_strength")
       panel.set(xlabel="training step", ylabel=f"strength of the {kind} penalty")
       panel.set_ylim(bottom=0.0)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    by_label: dict[str, Any] = {}
+    for panel in axes[0]:
+      handles, labels = panel.get_legend_handles_labels()
+      by_label |= dict(zip(labels, handles, strict=True))
+    figure.legend(by_label.values(), by_label.keys(), loc="outside upper center", ncols=4)
 
 
 def specialization(run: RunData, path: pathlib.Path) -> None:
@@ -181,6 +194,7 @@ def throughput(run: RunData, path: pathlib.Path) -> None:
       left.axhline(clip, color="0.35", linestyle=":", label="clipping")
       left.legend()
     left.set(xlabel="training step", ylabel="gradient norm before clipping", yscale="log")
+    plain_numbers(left)
     right.plot(steps, run.train["tokens_per_second"], color=colour(2), linewidth=1.2)
     right.set(xlabel="training step", ylabel="tokens per second")
     right.set_ylim(bottom=0.0)

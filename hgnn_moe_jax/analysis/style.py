@@ -14,6 +14,7 @@ try:
 
   matplotlib.use("Agg")
   import matplotlib.pyplot as plt
+  import matplotlib.ticker
 except ImportError:
   raise UserError("figures need matplotlib: pip install 'hgnn_moe_jax[analysis]'") from None
 
@@ -76,6 +77,12 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
   sums = np.stack([padded[k : k + len(values)] for k in range(1, window + 1)]).sum(axis=0)
   counts = np.minimum(np.arange(1, len(values) + 1), window)
   return sums / counts.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def plain_numbers(axes: Any) -> None:
+  """150 and 0.3 on a logarithmic axis, not powers of ten."""
+  for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+    which(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def draw_chance(axes: Any, level: float | None) -> None:

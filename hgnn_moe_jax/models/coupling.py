@@ -8,6 +8,9 @@ shared by the experts; what belongs to single experts (adjacency, mixing matrix,
 is permuted with them, so relabelling the experts changes nothing.
 """
 
+from itertools import combinations
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -145,3 +148,43 @@ class Coupler(nn.Module):
       message_EBTD = project(_mix(operator, h_EBTD), in_DD)
       y_EBTD = y_EBTD + project(jax.nn.gelu(message_EBTD), out_DD)
     return y_EBTD
+
+
+class Ties(NamedTuple):
+  """What one round of messages has learned about who hears whom.
+
+  Attributes:
+    members: groups of two or more experts.
+    weight_LM: `[L, M]`, one weight per layer and group. graph: the mean of both directions'
+      shares, before the content gate. matrix: of both entries. hypergraph: the hyperedge's weight.
+  """
+
+  members: tuple[tuple[int, ...], ...]
+  weight_LM: jax.Array
+
+
+def learned_ties(config: ModelConfig, layers: dict[str, Any]) -> list[Ties]:
+  """One Ties per round of messages; none for couplers whose weights depend on content alone.
+
+  Args:
+    config: of the model.
+    layers: the stacked parameters of all layers, with "coupler" among them where there is one.
+  """
+  learned = []
+  for g in range(config.coupler_layers):
+    operator = layers.get("coupler", {}).get(f"operator_{g}", {})
+    if "hyperedge_weight" in operator:
+      weight_LM = jax.nn.softplus(operator["hyperedge_weight"])
+      learned.append(Ties(config.hyperedge_list(), weight_LM))
+    elif "adjacency" in operator or "mixing" in operator:
+      E = config.num_experts
+      others_EE = 1 - jnp.eye(E)
+      if "adjacency" in operator:
+        share_LEE = jax.nn.softplus(operator["adjacency"]) * others_EE[None]
+        share_LEE = share_LEE / share_LEE.sum(2, keepdims=True)
+      else:
+        share_LEE = operator["mixing"]
+      pairs = tuple(combinations(range(E), 2))
+      i, j = (jnp.asarray(side) for side in zip(*pairs, strict=True))
+      learned.append(Ties(pairs, (share_LEE[:, i, j] + share_LEE[:, j, i]) / 2))
+  return learned

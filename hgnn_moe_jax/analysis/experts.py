@@ -1,0 +1,144 @@
+"""What a checkpoint's experts are: how alike, and who hears whom."""
+
+import pathlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from hgnn_moe_jax.analysis.runs import RunData
+from hgnn_moe_jax.analysis.style import colour, panels
+from hgnn_moe_jax.data.corpus import load_corpus
+from hgnn_moe_jax.data.examples import gather
+from hgnn_moe_jax.errors import UserError
+from hgnn_moe_jax.models.coupling import Ties, learned_ties
+from hgnn_moe_jax.orthogonality import weights
+from hgnn_moe_jax.training.assembly import assemble
+from hgnn_moe_jax.training.checkpoint import Checkpointer
+from hgnn_moe_jax.training.optimizer import averaged_params
+
+_BATCHES = 8
+
+
+class Experts(NamedTuple):
+  """Attributes:
+  step: of the checkpoint.
+  weight_similarity: `[L, E, E]`, mean over roles of |cos| between flattened matrices.
+  output_similarity: `[L, E, E]`, mean over validation tokens of |cos| between centred updates,
+    without dropout.
+  ties: one per round of messages, each for all layers; empty where nothing is learned.
+  """
+
+  step: int
+  weight_similarity: np.ndarray
+  output_similarity: np.ndarray
+  ties: list[Ties]
+
+
+def load_experts(run: RunData) -> Experts:
+  """Reads the run's best checkpoint, or its last if none was scored, and compares its experts.
+
+  Raises:
+    UserError: no readable checkpoint, or the text is not at hand.
+  """
+  config, corpus = run.config, load_corpus(run.config)
+  if corpus.fingerprint != run.data["fingerprint"]:
+    raise UserError(
+      f"{run.folder}: the text at config.data.path={config.data.path!r} is not the one this run "
+      "was trained on; restore it"
+    )
+  assembly = assemble(config, corpus)
+  checkpointer = Checkpointer(run.folder)
+  try:
+    step = checkpointer.best_step()
+    step = checkpointer.latest_step() if step is None else step
+    if step is None:
+      raise UserError(f"{run.folder}: no checkpoint there yet; let the run go on")
+    state, _ = checkpointer.restore(assembly.abstract_state, step)
+  finally:
+    checkpointer.close()
+  params, model = averaged_params(state.opt_state, state.params), assembly.model
+  examples = corpus.splits["validation"].examples
+  size, fill = config.training.batch_size, corpus.tokenizer.end_of_text
+
+  @jax.jit
+  def similarity(params, batch):
+    _, aux = model.features(params, batch.inputs_BT, batch.weights_BT, None)
+    return aux.measured.absolute_cosine_EE
+
+  total, count = 0.0, 0
+  for first in range(0, min(_BATCHES * size, examples.num_examples - size + 1) or 1, size):
+    rows = np.arange(first, first + size) % examples.num_examples
+    batch = gather(examples, rows.astype(np.int32), config.model.max_length, fill)
+    total, count = total + np.asarray(similarity(params, batch)), count + 1
+  roles = model.expert_matrices(params, config.orthogonality.weight_target)
+  return Experts(
+    step=step,
+    weight_similarity=np.asarray(jax.jit(weights.absolute_cosine)(roles)),
+    output_similarity=np.asarray(total / max(count, 1)),
+    ties=jax.tree.map(np.asarray, learned_ties(config.model, params["layers"])),
+  )
+
+
+def similarity(experts: Experts, path: pathlib.Path) -> None:
+  """Matrices of |cos| between experts: weights above, outputs below, a column per layer."""
+  rows = {"weights": experts.weight_similarity, "outputs": experts.output_similarity}
+  layers = experts.weight_similarity.shape[0]
+  with panels(2, layers, path, 3.4 * layers + 1.6, 7.0) as (figure, axes_RL):
+    image = None
+    for (kind, values_LEE), axes_L in zip(rows.items(), axes_RL, strict=True):
+      for layer, axes in enumerate(axes_L):
+        axes.grid(visible=False)
+        image = axes.imshow(values_LEE[layer], vmin=0.0, vmax=1.0, cmap="viridis")
+        axes.set_title(f"layer {layer}, {kind}")
+        _numbers(axes, values_LEE[layer])
+        axes.set_xticks(range(values_LEE.shape[1]))
+        axes.set_yticks(range(values_LEE.shape[1]))
+      axes_L[0].set_ylabel("expert")
+    for axes in axes_RL[-1]:
+      axes.set_xlabel("expert")
+    figure.colorbar(image, ax=axes_RL, label="mean |cosine| between experts", shrink=0.8)
+
+
+def _numbers(axes, values_EE: np.ndarray) -> None:
+  if len(values_EE) > 8:  # too many to read
+    return
+  for i, row in enumerate(values_EE):
+    for j, value in enumerate(row):
+      shade = "black" if value > 0.6 else "white"
+      axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=shade, size=10)
+
+
+def couplings(experts: Experts, path: pathlib.Path) -> None:
+  """Experts as nodes; a row per round of messages, a column per layer.
+
+  A line joins two experts, as wide as the weight learned for the two; a hyperedge of three or more
+  is a shaded area, as dark as its weight. Both relative to the largest of the panel. Nothing is
+  drawn for couplers that learn no weights between experts.
+  """
+  if not experts.ties:
+    return
+  layers, count = experts.output_similarity.shape[:2]
+  angles = np.pi / 2 + 2 * np.pi * np.arange(count) / count
+  places = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+  rounds = len(experts.ties)
+  with panels(rounds, layers, path, 3.6 * layers, 3.8 * rounds) as (_, axes_RL):
+    for number, (ties, axes_L) in enumerate(zip(experts.ties, axes_RL, strict=True)):
+      for layer, axes in enumerate(axes_L):
+        largest = max(float(np.abs(ties.weight_LM[layer]).max()), 1e-12)
+        smallest = float(np.abs(ties.weight_LM[layer]).min())
+        for members, weight in zip(ties.members, ties.weight_LM[layer], strict=True):
+          _tie(axes, places[list(members)], abs(float(weight)) / largest)
+        axes.scatter(*places.T, s=420, color=colour(5), edgecolors="black", zorder=3)
+        for expert, (x, y) in enumerate(places):
+          axes.text(x, y, str(expert), ha="center", va="center", zorder=4)
+        axes.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal")
+        axes.set_title(f"layer {layer}, round {number}\nweights {smallest:.2f} to {largest:.2f}")
+        axes.axis("off")
+
+
+def _tie(axes, places: np.ndarray, share: float) -> None:
+  if len(places) == 2:
+    axes.plot(*places.T, color="0.3", linewidth=0.5 + 7.0 * share, alpha=0.8, zorder=2)
+  else:
+    axes.fill(*places.T, color=colour(0), alpha=0.05 + 0.3 * share, zorder=1)
