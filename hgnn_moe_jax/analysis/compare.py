@@ -96,18 +96,21 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
   return Difference(len(seeds), mean, half_width, p)
 
 
-def group_runs(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
+def group_runs(named: Sequence[tuple[str, RunData]]) -> dict[str, list[RunData]]:
   """Name -> runs, one per seed and in their order; groups in the order of the runs.
+
+  Args:
+    named: the group's name and a run, one or more.
 
   Raises:
     UserError: runs that cannot be compared: unfinished ones, other text, another number of layers
       or of steps, one name for two configs, or a seed twice in a group.
   """
-  if not runs:
+  if not named:
     raise UserError("nothing to compare: give the folders of finished runs")
-  first = runs[0]
+  first = named[0][1]
   groups: dict[str, list[RunData]] = {}
-  for run in runs:
+  for name, run in named:
     if run.summary is None:
       raise UserError(f"{run.folder}: the run is not finished; continue it or leave it out")
     for what, of in _MUST_AGREE.items():
@@ -115,11 +118,11 @@ def group_runs(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
         raise UserError(
           f"{run.folder} cannot be compared with {first.folder}: {what} {of(run)} and {of(first)}"
         )
-    group = groups.setdefault(run.config.name, [])
+    group = groups.setdefault(name, [])
     if group and _meaning(group[0].config) != _meaning(run.config):
       raise UserError(
-        f"{run.folder} and {group[0].folder} have the name {run.config.name!r} and differ in more "
-        "than the seed; give them different --config.name"
+        f"{run.folder} and {group[0].folder} have the name {name!r} and differ in more "
+        "than the seed; give them different names (--config.name)"
       )
     if any(other.config.seed == run.config.seed for other in group):
       raise UserError(f"{run.folder}: seed {run.config.seed} is there twice in its group")
@@ -250,23 +253,30 @@ def _prefixed(prefix: str, fields: Mapping[str, float]) -> dict[str, float]:
   return {f"{prefix}_{name}": value for name, value in fields.items()}
 
 
+def write(
+  groups: Mapping[str, Sequence[RunData]], output: pathlib.Path, baseline: str | None = None
+) -> pathlib.Path:
+  """Writes comparison.md, .csv, .png and .svg into a folder; returns the path of the first."""
+  from hgnn_moe_jax.analysis import figures
+
+  rows = compare(groups, baseline)
+  output.mkdir(parents=True, exist_ok=True)
+  path = output / "comparison.md"
+  path.write_text(markdown(rows, next(iter(groups.values()))[0].chance))
+  (output / "comparison.csv").write_text(as_csv(rows))
+  figures.comparison(groups, output / "comparison.png")
+  return path
+
+
 def main() -> None:
   """The command."""
   baseline = flags.DEFINE_string("baseline", None, "Name of the group to compare the others with.")
   folder = flags.DEFINE_string("output", "runs/comparison", "Folder for the table and the figure.")
 
   def run(argv: list[str]) -> None:
-    from hgnn_moe_jax.analysis import figures
-
-    output = pathlib.Path(folder.value)
-    groups = group_runs([read_run(pathlib.Path(word)) for word in argv[1:]])
-    rows = compare(groups, baseline.value)
-    chance = next(iter(groups.values()))[0].chance
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "comparison.md").write_text(markdown(rows, chance))
-    (output / "comparison.csv").write_text(as_csv(rows))
-    figures.comparison(groups, output / "comparison.png")
-    print(markdown(rows, chance), end="")
+    runs = [read_run(pathlib.Path(word)) for word in argv[1:]]
+    groups = group_runs([(run.config.name, run) for run in runs])
+    print(write(groups, pathlib.Path(folder.value), baseline.value).read_text(), end="")
 
   cli.start(run)
 

@@ -18,6 +18,10 @@ STEP = {
 }
 
 
+def group(runs):
+  return compare.group_runs([(run.config.name, run) for run in runs])
+
+
 @pytest.fixture
 def groups(write_run):
   """Two groups, "a" of seeds 0 to 2 and "b" of seeds 0 and 1; perplexities as in the tests."""
@@ -29,7 +33,7 @@ def groups(write_run):
       strength = 0.1 if name == "a" else 0.2
       changes = {"name": name, "seed": seed, "orthogonality.weight_strength": strength}
       runs.append(read_run(write_run(f"{name}-{seed}", [STEP] * 20, (), last, **changes)))
-  return compare.group_runs(runs[::-1])
+  return group(runs[::-1])
 
 
 def test_intervals_by_hand():
@@ -87,7 +91,7 @@ def test_scores_are_those_of_the_last_tenth(write_run):
   train = [STEP] * 18 + [{**STEP, "effective_experts": [1.0, 4.0]}] * 2
   last = {"token_perplexity": 1.0, "word_perplexity": 1.0}
   run = read_run(write_run("run", train, (), last))
-  (row,) = compare.compare(compare.group_runs([run]))
+  (row,) = compare.compare(group([run]))
   assert row.effective_experts == [1.0, 4.0]
 
 
@@ -120,18 +124,18 @@ def test_runs_that_cannot_be_compared(write_run, second, message):
   settings = {"train": [STEP] * 2, "last": LAST}
   runs = [write_run("one", **settings), write_run("two", **{**settings, **second})]
   with pytest.raises(UserError, match=message) as error:
-    compare.group_runs([read_run(run) for run in runs])
+    group([read_run(run) for run in runs])
   assert "two" in str(error.value)
 
 
 def test_what_does_not_decide_the_result_may_differ(write_run):
   first = write_run("one", [STEP], (), LAST, seed=0)
   second = write_run("two", [STEP], (), LAST, **{"seed": 1, "training.steps_per_dispatch": 5})
-  assert len(compare.group_runs([read_run(first), read_run(second)])["tiny"]) == 2
+  assert len(group([read_run(first), read_run(second)])["tiny"]) == 2
 
 
 def test_nothing_to_compare_and_unknown_baseline(groups):
   with pytest.raises(UserError, match="nothing to compare"):
-    compare.group_runs([])
+    group([])
   with pytest.raises(UserError, match="--baseline=c: no such group; use one of b, a"):
     compare.compare(groups, "c")

@@ -1,0 +1,131 @@
+"""The run's answer in five lines: what a reader wants to know before any figure."""
+
+import collections
+
+import numpy as np
+
+from hgnn_moe_jax.analysis.runs import RunData
+
+
+def answer(run: RunData, baseline: RunData | None = None) -> list[tuple[str, str]]:
+  """(question, answer) pairs, five of them.
+
+  Args:
+    run: with at least one training record.
+    baseline: of the same text, tokenizer and steps; see `comparable`.
+  """
+  return [
+    ("Did the experts specialise beyond chance?", _specialization(run)),
+    ("What did it cost?", _cost(run)),
+    ("What did the controller do?", _controller(run)),
+    ("Did it beat its baseline?", _baseline(run, baseline)),
+    ("What to try next?", _next(run, baseline)),
+  ]
+
+
+def at_the_end(run: RunData, field: str) -> np.ndarray:
+  """Mean over the last tenth of the logged steps; by layer if the field is."""
+  values = run.train[field]
+  return values[-max(1, len(values) // 10) :].mean(axis=0)
+
+
+def comparable(run: RunData, other: RunData) -> str:
+  """Why two runs' perplexities cannot be compared; empty if they can."""
+  if run.data.get("fingerprint") != other.data.get("fingerprint"):
+    return "they were trained on different texts or tokenizers"
+  if run.train["step"][-1] != other.train["step"][-1]:
+    return f"they have {run.train['step'][-1]} and {other.train['step'][-1]} steps"
+  return ""
+
+
+def _levels(values_L: np.ndarray, digits: int = 3) -> str:
+  return " / ".join(f"{value:.{digits}f}" for value in np.atleast_1d(values_L))
+
+
+def _specialization(run: RunData) -> str:
+  experts = run.config.model.num_experts
+  if experts == 1:
+    return "There is one expert: nothing to compare."
+  score_L, chance = at_the_end(run, "output_specialization"), run.chance["output_specialization"]
+  above = int(np.sum(score_L > chance))
+  verdict = {0: "No", len(score_L): "Yes"}.get(above, f"In {above} of {len(score_L)} layers")
+  return (
+    f"{verdict}. By what they do: {_levels(score_L)} layer by layer, where unrelated experts have "
+    f"{chance:.3f} and copies 0; {_levels(at_the_end(run, 'effective_experts'), 2)} effective "
+    f"experts of {experts}. By their weights: {_levels(at_the_end(run, 'weight_specialization'))}, "
+    f"chance {run.chance['weight_specialization']:.4f}, which says little about what they do."
+  )
+
+
+def _cost(run: RunData) -> str:
+  if run.summary is None:
+    done, total = int(run.train["step"][-1]), run.config.training.steps
+    return f"The run is not finished: step {done}{f' of {total}' if total else ''}."
+  s = run.summary
+  return (
+    f"{s['parameters']:,} parameters, {s['tokens_seen']:,} tokens in {s['train_seconds']:.0f} s of "
+    f"training ({s['tokens_per_second']:,.0f} tokens/s) and {s['compile_seconds']:.0f} s of "
+    f"compilation on {s['device']['kind']}. Validation token perplexity "
+    f"{s['last']['token_perplexity']:.1f}, word perplexity {s['last']['word_perplexity']:.1f}; a "
+    f"unigram model has {s['unigram_perplexity']:.0f} per token."
+  )
+
+
+def _controller(run: RunData) -> str:
+  kind = run.config.adaptive.controller
+  parts = []
+  for penalty in ("weight", "output"):
+    strength_SL = run.train[f"{penalty}_strength"]
+    if strength_SL.any():
+      parts.append(
+        f"{penalty} penalty at most {_levels(strength_SL.max(axis=0))}, "
+        f"{_levels(strength_SL[-1])} at the end"
+      )
+  strengths = "; ".join(parts) or "no penalty acted"
+  if kind == "constant":
+    return f"None adapted anything; {strengths}."
+  counts = collections.Counter(event["name"] for event in run.events)
+  names = {
+    "emergency_on": "emergencies",
+    "converged": "convergences",
+    "plateau": "validation plateaus",
+  }
+  seen = ", ".join(f"{counts[name]} {label}" for name, label in names.items() if counts[name])
+  return f"{kind}: {strengths}. {seen or 'No trigger fired'} (a layer at a time)."
+
+
+def _baseline(run: RunData, baseline: RunData | None) -> str:
+  if baseline is None:
+    return "Unknown: no baseline was given. Add --baseline=FOLDER of a run without penalties."
+  if reason := comparable(run, baseline):
+    return f"They cannot be compared: {reason}."
+  if not run.evaluations or not baseline.evaluations:
+    return "Unknown: one of the two has not been evaluated yet."
+  ours, theirs = (np.exp(float(r.evaluations[-1]["loss"])) for r in (run, baseline))
+  verdict = "Yes" if ours < theirs else "No"
+  return (
+    f"{verdict}, by one seed each: token perplexity {ours:.2f}, {baseline.config.name} has "
+    f"{theirs:.2f} ({100 * (ours / theirs - 1):+.1f} %)."
+  )
+
+
+def _next(run: RunData, baseline: RunData | None) -> str:
+  if run.summary is None:
+    return "Let the run go on: the same command continues it."
+  if run.config.model.num_experts == 1:
+    return "Compare with coupled experts: configs/graph.py."
+  score_L, chance = at_the_end(run, "output_specialization"), run.chance["output_specialization"]
+  penalised = bool(run.train["output_strength"].any())
+  if np.any(score_L < chance) and not penalised:
+    return (
+      "The experts are more alike than unrelated ones, and nothing asks them to differ in what "
+      "they do: --config.adaptive.objective=output with --config.adaptive.signal=output."
+    )
+  if np.any(score_L < chance):
+    return (
+      "The penalty is too weak for some layer: raise adaptive.maximum_strength, or "
+      "adaptive.target_specialization if the controller had converged."
+    )
+  if baseline is None:
+    return "Find out what it is worth: train the same config without penalties, and compare seeds."
+  return "Repeat it with more seeds: python -m hgnn_moe_jax.analysis.compare says how sure it is."
