@@ -90,8 +90,8 @@ def _controller(run: RunData) -> str:
     "converged": "convergences",
     "plateau": "validation plateaus",
   }
-  seen = ", ".join(f"{counts[name]} {label}" for name, label in names.items() if counts[name])
-  return f"{kind}: {strengths}. {seen or 'No trigger fired'} (a layer at a time)."
+  seen = ", ".join(f"{label}: {counts[name]}" for name, label in names.items() if counts[name])
+  return f"{kind}: {strengths}. Events, layer by layer: {seen or 'none'}."
 
 
 def _baseline(run: RunData, baseline: RunData | None) -> str:

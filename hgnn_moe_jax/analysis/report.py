@@ -34,7 +34,8 @@ dl.answer dt { font-weight: 600; } dl.answer dd { margin: 0 0 .6rem; }
 nav a { margin-right: .9rem; } a { color: #0072b2; }
 @media (prefers-color-scheme: dark) { a { color: #6bb7e8; } }
 figure { margin: 1rem 0 2rem; } figcaption { color: var(--soft); }
-figure img { width: 100%; height: auto; background: #fff; border-radius: .3rem; }
+figure div { overflow-x: auto; }
+figure img { width: 100%; min-width: 34rem; height: auto; background: #fff; border-radius: .3rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .92rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem .25rem 0; text-align: left;
@@ -87,8 +88,8 @@ def _figure(figure: Figure) -> str:
   data = base64.b64encode(figure.path.read_bytes()).decode()
   title, caption = html.escape(figure.title), html.escape(figure.caption)
   return (
-    f'<h2 id="{figure.path.stem}">{title}</h2><figure>'
-    f'<img src="data:image/png;base64,{data}" alt="{title}: {caption}">'
+    f'<h2 id="{figure.path.stem}">{title}</h2><figure><div>'
+    f'<img src="data:image/png;base64,{data}" alt="{title}: {caption}"></div>'
     f"<figcaption>{caption}</figcaption></figure>"
   )
 
