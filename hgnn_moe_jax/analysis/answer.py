@@ -59,8 +59,7 @@ def _specialization(run: RunData) -> str:
 
 def _cost(run: RunData) -> str:
   if run.summary is None:
-    done, total = int(run.train["step"][-1]), run.config.training.steps
-    return f"The run is not finished: step {done}{f' of {total}' if total else ''}."
+    return f"The run is not finished: step {run.train['step'][-1]} of {run.total_steps}."
   s = run.summary
   return (
     f"{s['parameters']:,} parameters, {s['tokens_seen']:,} tokens in {s['train_seconds']:.0f} s of "

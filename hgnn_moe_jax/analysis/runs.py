@@ -17,6 +17,7 @@ class RunData(NamedTuple):
   Attributes:
     folder: where.
     config: the resolved config.
+    total_steps: the run's length.
     data: fingerprint and sizes of the text, from config.json.
     chance: expected scores of independent random experts, from config.json.
     train: field -> array, one entry per logged step first; "step" is one of the fields.
@@ -27,6 +28,7 @@ class RunData(NamedTuple):
 
   folder: pathlib.Path
   config: Config
+  total_steps: int
   data: dict[str, Any]
   chance: dict[str, float]
   train: dict[str, np.ndarray]
@@ -55,6 +57,7 @@ def read_run(folder: pathlib.Path) -> RunData:
   return RunData(
     folder=folder,
     config=config,
+    total_steps=content.get("total_steps", int(train[-1]["step"])),
     data=content.get("data", {}),
     chance=content.get("chance", {}),
     train={

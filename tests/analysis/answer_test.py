@@ -76,7 +76,7 @@ def test_cost(make):
 
 
 def test_a_run_that_goes_on(make):
-  lines = told(make("run", [0.5, 0.9], last=None, **{"training.steps": 100}))
+  lines = told(make("run", [0.5, 0.9], last=None))
   assert lines[1] == "The run is not finished: step 20 of 100."
   assert lines[4].startswith("Let the run go on")
 

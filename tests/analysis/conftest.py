@@ -18,6 +18,7 @@ def write_run(tmp_path, tiny_config):
     path.mkdir()
     content = {
       "config": tiny_config(**changes).to_dict(),
+      "total_steps": 100,
       "data": {"fingerprint": fingerprint},
       "chance": {"weight_specialization": 0.99, "output_specialization": 0.8},
     }
