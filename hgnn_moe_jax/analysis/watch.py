@@ -70,8 +70,8 @@ def _head(run: RunData) -> Panel:
 def _losses(run: RunData, width: int) -> Panel:
   # Logarithms: most of a run is in the last tenth of its loss.
   lines = [
-    f"loss  {run.train['lm_loss'][-1]:8.3f}  {sparkline(np.log(run.train['lm_loss']), width - 24)}",
-    f"grad  {run.train['grad_norm'][-1]:8.3f}  {sparkline(np.log(run.train['grad_norm']), width - 24)}",
+    f"{name}  {run.train[field][-1]:8.3f}  {sparkline(np.log(run.train[field]), width - 24)}"
+    for name, field in {"loss": "lm_loss", "grad": "grad_norm"}.items()
   ]
   if run.evaluations:
     last = run.evaluations[-1]

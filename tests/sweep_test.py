@@ -1,0 +1,147 @@
+"""Grids, their commands, and a sweep that is stopped and continued."""
+
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from hgnn_moe_jax import sweep
+from hgnn_moe_jax.errors import UserError
+
+
+def test_a_grid_is_a_product_with_the_types_of_the_fields(tiny_config):
+  grid = ["training.batch_size=4,8", "training.learning_rate=1e-3", "model.tie_embeddings=True"]
+  first, second = sweep.parse_grid(grid, tiny_config())
+  assert first.values == {
+    "training.batch_size": 4,
+    "training.learning_rate": 0.001,
+    "model.tie_embeddings": True,
+  }
+  assert first.name == "batch_size=4,learning_rate=0.001,tie_embeddings=True"
+  assert second.values["training.batch_size"] == 8
+
+
+def test_commas_in_brackets_belong_to_the_value(tiny_config):
+  config = tiny_config(**{"model.coupler": "hypergraph"})
+  grid = ["model.hyperedges=pairs,[[0,1],[0,1,2]]"]
+  pairs, listed = sweep.parse_grid(grid, config)
+  assert pairs.values == {"model.hyperedges": "pairs"}
+  assert listed.values == {"model.hyperedges": "[[0,1],[0,1,2]]"}
+  assert "[" not in listed.name
+
+
+def test_without_a_grid_there_is_the_config(tiny_config):
+  assert sweep.parse_grid([], tiny_config()) == [sweep.Cell("tiny", {})]
+
+
+@pytest.mark.parametrize(
+  ("grid", "message"),
+  [
+    (["training.batch_size"], "give a field and its values"),
+    (["training.batch_size="], "give a field and its values"),
+    (["training.batch=4"], "no field training.batch; they are in"),
+    (["training=4"], "no field training;"),
+    (["model.num_heads=two"], "'two' is not of type int"),
+    (["model.tie_embeddings=yes"], "'yes' is not of type bool"),
+    (["model.num_heads=2,3"], "num_heads=3 cannot be trained: .*use a divisor"),
+    (["seed=1,1"], "a combination comes twice"),
+  ],
+)
+def test_grids_that_cannot_be(tiny_config, grid, message):
+  with pytest.raises(UserError, match=message) as error:
+    sweep.parse_grid(grid, tiny_config())
+  assert str(error.value).startswith("--grid")
+
+
+def test_an_array_job_runs_every_command_as_written(tmp_path):
+  """bash with an srun that runs what it is given: the words arrive whole."""
+  words = [["-c", f"import sys; open({str(tmp_path / name)!r}, 'w').write(sys.argv[1])", "a 'b' $c"]
+           for name in ("one", "two")]  # fmt: skip
+  script = tmp_path / "job.sh"
+  script.write_text(sweep.slurm_script(words, "tiny"))
+  assert "#SBATCH --array=0-1\n" in script.read_text()
+  binaries = tmp_path / "bin"
+  binaries.mkdir()
+  (binaries / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+  (binaries / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+  for tool in binaries.iterdir():
+    tool.chmod(0o755)
+  environment = {"PATH": f"{binaries}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "1"}
+  assert subprocess.run(["bash", script], env=environment).returncode == 0
+  assert (tmp_path / "two").read_text() == "a 'b' $c" and not (tmp_path / "one").exists()
+
+
+def test_a_preempted_task_is_queued_again(tmp_path):
+  script = tmp_path / "job.sh"
+  script.write_text(sweep.slurm_script([["-m", "hgnn_moe_jax.main"]], "tiny"))
+  for name, body in {"srun": "exit 75", "scontrol": f'echo "$@" > {tmp_path}/asked'}.items():
+    (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+    (tmp_path / name).chmod(0o755)
+  ids = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "7"}
+  environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **ids}
+  assert subprocess.run(["bash", script], env=environment).returncode == 75
+  assert (tmp_path / "asked").read_text() == "requeue 7_0\n"
+
+
+@pytest.fixture
+def run_sweep(tiny_config, config_file, tmp_path):
+  """run_sweep(*words) -> the finished process of a sweep over two strengths of a tiny run."""
+  flag = config_file(tiny_config(**{"training.steps": 4}))
+
+  def go(*words):
+    options = ["--grid=orthogonality.output_strength=0.0,0.2", f"--workdir={tmp_path}/sweep"]
+    done = subprocess.run(
+      [sys.executable, "-m", "hgnn_moe_jax.sweep", *flag.split("=", 1), *options, *words],
+      capture_output=True,
+      text=True,
+      cwd=pathlib.Path(__file__).parent.parent,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+  return go
+
+
+def test_a_sweep_continues_and_ends_with_the_comparison(run_sweep, tmp_path):
+  folders = [tmp_path / "sweep" / f"output_strength={s}-0" for s in (0.0, 0.2)]
+  first = run_sweep()
+  assert first.returncode == 0, first.stderr
+  assert all((folder / "summary.json").exists() for folder in folders)
+  assert "| output_strength=0.0 | 1 |" in first.stdout and "1 pairs" in first.stdout
+  assert (tmp_path / "sweep" / "comparison" / "comparison.csv").exists()
+  config = json.loads((folders[1] / "config.json").read_text())["config"]
+  assert config["orthogonality"]["output_strength"] == 0.2 and config["seed"] == 0
+  # As if it had been stopped before the second run's end.
+  before = (folders[0] / "metrics.jsonl").read_bytes()
+  (folders[1] / "summary.json").unlink()
+  second = run_sweep()
+  assert f"1/2 {folders[0]}: finished before" in second.stdout
+  assert f"2/2 {folders[1]}: validation token perplexity" in second.stdout
+  assert (folders[0] / "metrics.jsonl").read_bytes() == before
+  assert second.stdout.splitlines()[-4:] == first.stdout.splitlines()[-4:]
+
+
+def test_commands_can_be_seen_and_written(run_sweep, tmp_path):
+  seen = run_sweep("--dry_run", "--seeds=2")
+  commands = [shlex.split(line) for line in seen.stdout.splitlines()]
+  assert len(commands) == 4 and not (tmp_path / "sweep").exists()
+  assert commands[3][-4:] == [
+    *("--config.orthogonality.output_strength=0.2", "--config.seed=1"),
+    *(f"--workdir={tmp_path}/sweep/output_strength=0.2-1", "--quiet"),
+  ]
+  written = run_sweep(f"--slurm={tmp_path}/job.sh", "--seeds=2")
+  assert written.stdout.startswith(f"sbatch {tmp_path}/job.sh   # 4 runs")
+  assert "#SBATCH --array=0-3" in (tmp_path / "job.sh").read_text()
+
+
+def test_a_run_that_fails_stops_the_sweep(run_sweep, tmp_path):
+  """The folder belongs to another run: main says so, the sweep stops with its status."""
+  folder = tmp_path / "sweep" / "output_strength=0.0-0"
+  folder.mkdir(parents=True)
+  (folder / "config.json").write_text("{}")
+  done = run_sweep()
+  assert done.returncode == 2 and "config.json is damaged" in done.stderr
+  assert done.stderr.splitlines()[-1] == f"stopped at {folder}; the same command continues"
