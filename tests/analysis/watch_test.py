@@ -49,7 +49,9 @@ def test_view(write_run):
   assert "checkpoint" not in text
   rows = [line for line in text.splitlines() if "of 3" in line]
   assert "0.500" in rows[0] and "converged" in rows[0] and "emergency" not in rows[0]
-  assert "0.9800" in rows[1] and "1.50 of 3" in rows[1] and "emergency" in rows[1]
+  assert (
+    "0.250" in rows[1] and "0.9800" in rows[1] and "1.50 of 3" in rows[1] and "emergency" in rows[1]
+  )
   assert "(0.800)" in text and "(0.990)" in text
   assert max(map(len, text.splitlines())) <= 100
 
