@@ -45,8 +45,13 @@ def validated(config: Any) -> Config:
       f"--config={given or ''}: no Config there; give a file such as configs/quickstart.py"
     )
   config.validate()
-  jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data.cache_dir) / "xla"))
+  keep_compiled(config)
   return config
+
+
+def keep_compiled(config: Config) -> None:
+  """Compiled code is kept on the disk from here on, and found there."""
+  jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data.cache_dir) / "xla"))
 
 
 def refuse_words(argv: list[str]) -> None:

@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import numpy as np
 import pytest
 
 from hgnn_moe_jax.config import Config
@@ -159,3 +160,19 @@ def _meaning(argument: Any) -> Any:
     for field in dataclasses.fields(group.type)
     if field.metadata.get("meaning", True)
   )
+
+
+def _random_params(shapes: Any, seed: int = 0) -> Any:
+  """Parameters of the given shapes, far from initialisation: no zero bias, no equal weights."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    around = 1.0 if path[-1].key.endswith("scale") else 0.0
+    return np.asarray(around + 0.3 * rng.standard_normal(leaf.shape), np.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="session")
+def random_params():
+  return _random_params

@@ -47,11 +47,13 @@ class Tokenizer(Protocol):
     vocab_size: ids are in [0, vocab_size).
     end_of_text: the id that ends a document; no text encodes to it.
     fingerprint: sha256 hex of what defines the ids.
+    definition: content of a tokenizer.json, for a tokenizer that its name alone does not define.
   """
 
   vocab_size: int
   end_of_text: int
   fingerprint: str
+  definition: str | None
 
   def encode(self, documents: Sequence[str]) -> list[np.ndarray]:
     """int32 ids of each document, without any mark at its borders."""
@@ -84,6 +86,21 @@ def load_tokenizer(
   return _from_file(config.tokenizer)
 
 
+def stored_tokenizer(name: str, file: pathlib.Path) -> Tokenizer:
+  """The tokenizer of a run, without the text it was trained on.
+
+  Args:
+    name: data.tokenizer.
+    file: with the `definition` of the run's tokenizer, if it has one.
+
+  Raises:
+    ConfigError, UserError: a file is missing or not what it should be.
+  """
+  if name in ("gpt2", "bytes"):
+    return _gpt2() if name == "gpt2" else ByteTokenizer()
+  return _from_file(str(file))
+
+
 def cut_pieces(text: str, size: int = _PIECE) -> list[str]:
   """`text` in pieces of at least `size` characters whose GPT-2 pre-tokens are those of the whole.
 
@@ -102,6 +119,7 @@ class ByteTokenizer:
   vocab_size = 257
   end_of_text = 256
   fingerprint = hashlib.sha256(b"bytes 0..255, end of text 256").hexdigest()
+  definition = None
 
   def encode(self, documents: Sequence[str]) -> list[np.ndarray]:
     return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in documents]
@@ -118,9 +136,16 @@ class SubwordTokenizer:
     tokenizer: changed in place: no truncation, no padding, special tokens read as text.
     end_of_text: id of the end of a document.
     fingerprint: sha256 hex of what defines it.
+    definition: see Tokenizer.
   """
 
-  def __init__(self, tokenizer: tokenizers.Tokenizer, end_of_text: int, fingerprint: str):
+  def __init__(
+    self,
+    tokenizer: tokenizers.Tokenizer,
+    end_of_text: int,
+    fingerprint: str,
+    definition: str | None = None,
+  ):
     # A tokenizer.json may carry its model's habits; BERT's cuts every text at 512 tokens.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -130,6 +155,7 @@ class SubwordTokenizer:
     self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     self.end_of_text = end_of_text
     self.fingerprint = fingerprint
+    self.definition = definition
 
   def encode(self, documents: Sequence[str]) -> list[np.ndarray]:
     parts: list[list[np.ndarray]] = [[np.zeros(0, np.int32)] for _ in documents]
@@ -265,7 +291,9 @@ def _from_file(name: str) -> SubwordTokenizer:
     ) from None
   for token in _END_OF_TEXT:
     if (end_of_text := tokenizer.token_to_id(token)) is not None:
-      return SubwordTokenizer(tokenizer, end_of_text, hashlib.sha256(raw).hexdigest())
+      return SubwordTokenizer(
+        tokenizer, end_of_text, hashlib.sha256(raw).hexdigest(), raw.decode("utf-8")
+      )
   raise ConfigError(
     "data.tokenizer", name, f"has no token that ends a text; add one of {', '.join(_END_OF_TEXT)}"
   )

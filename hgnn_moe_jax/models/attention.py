@@ -1,5 +1,7 @@
 """Causal self-attention of many heads: the heads of all experts at once."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -21,36 +23,76 @@ def causal_attention(q_BTGH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array) ->
     return jax.nn.dot_product_attention(
       q_BTGH, k_BTGH, v_BTGH, is_causal=True, implementation="cudnn"
     )
-  length, head_dim = q_BTGH.shape[1], q_BTGH.shape[3]
-  scale = jnp.asarray(head_dim**-0.5, q_BTGH.dtype)
-  q_BGTH, k_BGTH, v_BGTH = (jnp.swapaxes(a, 1, 2) for a in (q_BTGH * scale, k_BTGH, v_BTGH))
-  score_BGTS = jnp.einsum("BGTH,BGSH->BGTS", q_BGTH, k_BGTH, preferred_element_type=jnp.float32)
-  future_TS = jnp.arange(length)[None, :] > jnp.arange(length)[:, None]
-  score_BGTS = jnp.where(future_TS[None, None], -jnp.inf, score_BGTS)
+  future_TS = jnp.arange(k_BTGH.shape[1])[None, :] > jnp.arange(q_BTGH.shape[1])[:, None]
+  return _attention(q_BTGH, k_BTGH, v_BTGH, future_TS[None, None])
+
+
+class Memory(NamedTuple):
+  """Keys and values of tokens read before, in S slots; slot s holds a row's s-th token.
+
+  Attributes:
+    key_BSGH, value_BSGH: compute dtype; what lies behind the last token read is never looked at.
+  """
+
+  key_BSGH: jax.Array
+  value_BSGH: jax.Array
+
+
+def remembering_attention(
+  q_BTGH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array, memory: Memory, position_BT: jax.Array
+) -> tuple[jax.Array, Memory]:
+  """`causal_attention` of T new tokens that follow those in memory.
+
+  Args:
+    q_BTGH, k_BTGH, v_BTGH: of the new tokens.
+    memory: of their rows; its slots at `position_BT` are written.
+    position_BT: int32, each new token's place in its row, all below S.
+
+  Returns:
+    ([B, T, G, H] in the inputs' dtype, the memory with the new tokens).
+  """
+  row_B1 = jnp.arange(position_BT.shape[0])[:, None]
+  memory = Memory(
+    memory.key_BSGH.at[row_B1, position_BT].set(k_BTGH),
+    memory.value_BSGH.at[row_B1, position_BT].set(v_BTGH),
+  )
+  slot_S = jnp.arange(memory.key_BSGH.shape[1])
+  hidden_BTS = slot_S[None, None, :] > position_BT[:, :, None]
+  mixed_BTGH = _attention(q_BTGH, memory.key_BSGH, memory.value_BSGH, hidden_BTS[:, None])
+  return mixed_BTGH, memory
+
+
+def _attention(
+  q_BTGH: jax.Array, k_BSGH: jax.Array, v_BSGH: jax.Array, hidden_B1TS: jax.Array
+) -> jax.Array:
+  """Scores made whole in float32; a query sees the keys that are not hidden from it."""
+  scale = jnp.asarray(q_BTGH.shape[3] ** -0.5, q_BTGH.dtype)
+  q_BGTH, k_BGSH, v_BGSH = (jnp.swapaxes(a, 1, 2) for a in (q_BTGH * scale, k_BSGH, v_BSGH))
+  score_BGTS = jnp.einsum("BGTH,BGSH->BGTS", q_BGTH, k_BGSH, preferred_element_type=jnp.float32)
+  score_BGTS = jnp.where(hidden_B1TS, -jnp.inf, score_BGTS)
   top_BGT1 = jax.lax.stop_gradient(score_BGTS.max(-1, keepdims=True))
   weight_BGTS = jnp.exp(score_BGTS - top_BGT1)
   total_BGT1 = weight_BGTS.sum(-1, keepdims=True)
   mixed_BGTH = jnp.einsum(
     "BGTS,BGSH->BGTH",
-    weight_BGTS.astype(v_BGTH.dtype),
-    v_BGTH,
+    weight_BGTS.astype(v_BGSH.dtype),
+    v_BGSH,
     preferred_element_type=jnp.float32,
   )
   return jnp.swapaxes(mixed_BGTH / total_BGT1, 1, 2).astype(q_BTGH.dtype)
 
 
-def rotate(x_BTGH: jax.Array, position_T: jax.Array) -> jax.Array:
+def rotate(x_BTGH: jax.Array, position_BT: jax.Array) -> jax.Array:
   """Rotary position embedding (Su et al. 2021, arXiv 2104.09864): pairs (i, i + H/2), base 10,000.
 
   Args:
     x_BTGH: [B, T, G, H], H even.
-    position_T: [T] integers.
+    position_BT: integers, [B, T] or [1, T].
   """
   half = x_BTGH.shape[-1] // 2
   frequency_H = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle_TH = position_T.astype(jnp.float32)[:, None] * frequency_H[None, :]
-  cos = jnp.cos(angle_TH)[None, :, None, :]
-  sin = jnp.sin(angle_TH)[None, :, None, :]
+  angle_BTH = position_BT.astype(jnp.float32)[:, :, None] * frequency_H[None, None, :]
+  cos, sin = jnp.cos(angle_BTH)[:, :, None, :], jnp.sin(angle_BTH)[:, :, None, :]
   x32 = x_BTGH.astype(jnp.float32)
   first, second = x32[..., :half], x32[..., half:]
   turned = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import head
+from hgnn_moe_jax.models.attention import Memory
 from hgnn_moe_jax.models.coupling import Coupler
 from hgnn_moe_jax.models.expert import ExpertBlocks, matrices
 from hgnn_moe_jax.models.layers import LayerNorm, dropout, fan_in_normal
@@ -31,6 +32,13 @@ class Aux(NamedTuple):
   gate_entropy_L: jax.Array  # [L] float32: mean entropy of a token's gate, nats
 
 
+class Reading(NamedTuple):
+  """What reading on from a memory reports instead of Aux. Every field has the axis L first."""
+
+  memory: Memory  # with the tokens just read, [L, B, S, E N, H]
+  share_LBTE: jax.Array  # float32: an expert's part in the pooled update z, `<g_e y_e, z> / <z, z>`
+
+
 class LanguageModel(NamedTuple):
   """Pure functions of the parameters.
 
@@ -38,6 +46,10 @@ class LanguageModel(NamedTuple):
   features(params, inputs_BT, weights_BT, dropout_key) -> (x_BTD, Aux): what the head reads.
     dropout_key=None switches dropout off. weights_BT (0 or 1) only masks what Aux measures.
   logits(params, inputs_BT) -> [B, T, V] float32, without dropout.
+  blank_memory(rows, slots) -> Memory of so many rows that have read nothing yet.
+  read(params, memory, inputs_BT, start_B) -> ([B, T, V] float32 logits, Reading): as `logits` of
+    T tokens that follow the first start_B[b] of row b, without dropout. start_B + T is at most the
+    number of slots, which is at most max_length.
   loss(params, x_BTD, targets_BT, weights_BT) -> weighted sum of token losses in nats, float32,
     computed without ever holding the logits whole.
   expert_matrices(params, target) -> {role: w_LEDK}, see `expert.matrices`.
@@ -46,6 +58,8 @@ class LanguageModel(NamedTuple):
   init: Callable[[jax.Array], Params]
   features: Callable[[Params, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Aux]]
   logits: Callable[[Params, jax.Array], jax.Array]
+  blank_memory: Callable[[int, int], Memory]
+  read: Callable[[Params, Memory, jax.Array, jax.Array], tuple[jax.Array, Reading]]
   loss: Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
   expert_matrices: Callable[[Params, str], dict[str, jax.Array]]
 
@@ -59,12 +73,20 @@ class CoupledLayer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD: jax.Array, weights_BT: jax.Array, key: jax.Array | None
-  ) -> tuple[jax.Array, Aux]:
+    self,
+    x_BTD: jax.Array,
+    position_BT: jax.Array,
+    weights_BT: jax.Array,
+    key: jax.Array | None,
+    memory: Memory | None = None,
+  ) -> tuple[jax.Array, Aux | Reading]:
     keys = None if key is None else tuple(jax.random.split(key))
-    updates_EBTD = ExpertBlocks(self.config, self.dtype, name="experts")(x_BTD, keys)
+    experts = ExpertBlocks(self.config, self.dtype, name="experts")
+    updates_EBTD, memory = experts(x_BTD, position_BT, keys, memory)
     coupled_EBTD = Coupler(self.config, self.dtype, name="coupler")(updates_EBTD)
     z_BTD, gate_BTE = Pool(self.config, name="pool")(coupled_EBTD, x_BTD)
+    if memory is not None:
+      return x_BTD + z_BTD, Reading(memory, _share(coupled_EBTD, gate_BTE, z_BTD))
     entropy_BT = -jnp.sum(jax.scipy.special.xlogy(gate_BTE, gate_BTE), axis=-1)
     total = jnp.maximum(weights_BT.sum(), 1.0)
     aux = Aux(
@@ -73,6 +95,12 @@ class CoupledLayer(nn.Module):
       gate_entropy_L=jnp.sum(entropy_BT * weights_BT) / total,
     )
     return x_BTD + z_BTD, aux
+
+
+def _share(y_EBTD: jax.Array, gate_BTE: jax.Array, z_BTD: jax.Array) -> jax.Array:
+  """`<g_e y_e, z> / <z, z>`, [B, T, E]: z is the sum of the g_e y_e, so the shares sum to 1."""
+  along_BTE = jnp.einsum("EBTD,BTD->BTE", y_EBTD.astype(jnp.float32), z_BTD)
+  return gate_BTE * along_BTE / jnp.maximum(jnp.square(z_BTD).sum(-1, keepdims=True), 1e-24)
 
 
 def _unroll(num_layers: int) -> int:
@@ -85,7 +113,10 @@ def _unroll(num_layers: int) -> int:
 
 
 class Network(nn.Module):
-  """inputs_BT -> (x_BTD, Aux): everything but the head's product, whose kernel it owns."""
+  """inputs_BT -> (x_BTD, Aux): everything but the head's product, whose kernel it owns.
+
+  With a memory, inputs_BT follow the first start_B tokens of their rows: -> (x_BTD, Reading).
+  """
 
   config: ModelConfig
   vocab_size: int
@@ -95,9 +126,17 @@ class Network(nn.Module):
 
   @nn.compact
   def __call__(
-    self, inputs_BT: jax.Array, weights_BT: jax.Array, key: jax.Array | None
-  ) -> tuple[jax.Array, Aux]:
+    self,
+    inputs_BT: jax.Array,
+    weights_BT: jax.Array,
+    key: jax.Array | None,
+    memory: Memory | None = None,
+    start_B: jax.Array | None = None,
+  ) -> tuple[jax.Array, Aux | Reading]:
     c = self.config
+    position_BT = jnp.arange(inputs_BT.shape[1])[None]
+    if start_B is not None:
+      position_BT = start_B[:, None] + position_BT
     # Rows of norm 1 and a head that reads normalised features: of 0.02, 0.1 and 0.3, 0.1 trained
     # fastest at D = 128.
     initializer = fan_in_normal(c.embed_dim)
@@ -106,7 +145,8 @@ class Network(nn.Module):
     if c.positions == "learned":
       shape = (c.max_length, c.embed_dim)
       position_TD = self.param("positions", initializer, shape)
-      x_BTD = x_BTD + position_TD[None, : inputs_BT.shape[1]]
+      first = position_TD[None, : inputs_BT.shape[1]]
+      x_BTD = x_BTD + (first if start_B is None else position_TD[position_BT])
     if not c.tie_embeddings:
       self.param("head", initializer, (c.embed_dim, self.vocab_size))
     layer_keys = None
@@ -116,7 +156,8 @@ class Network(nn.Module):
       layer_keys = jax.random.split(layers_key, c.num_layers)
     layer = nn.remat(CoupledLayer, prevent_cse=False) if self.remat else CoupledLayer
     # Flax's annotation of in_axes knows integers only.
-    in_axes: Any = (nn.broadcast, nn.broadcast if layer_keys is None else 0)
+    by_layer = [nn.broadcast if a is None else 0 for a in (layer_keys, memory)]
+    in_axes: Any = (nn.broadcast, nn.broadcast, *by_layer)
     scanned = nn.scan(
       layer,
       variable_axes={"params": 0},
@@ -125,8 +166,9 @@ class Network(nn.Module):
       length=c.num_layers,
       unroll=_unroll(c.num_layers),
     )
-    x_BTD, aux = scanned(c, self.dtype, self.measure, name="layers")(x_BTD, weights_BT, layer_keys)
-    return LayerNorm(name="final_norm")(x_BTD), aux
+    layers = scanned(c, self.dtype, self.measure, name="layers")
+    x_BTD, report = layers(x_BTD, position_BT, weights_BT, layer_keys, memory)
+    return LayerNorm(name="final_norm")(x_BTD), report
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -176,10 +218,25 @@ def build(
     output: Any = network.apply({"params": params}, inputs_BT, weights_BT, dropout_key)
     return output
 
-  def logits(params, inputs_BT):
-    x_BTD, _ = features(params, inputs_BT, jnp.ones(inputs_BT.shape), None)
+  def head_logits(params, x_BTD):
     kernel_DV = head_kernel(params).astype(dtype)
     return jnp.matmul(x_BTD.astype(dtype), kernel_DV, preferred_element_type=jnp.float32)
+
+  def logits(params, inputs_BT):
+    x_BTD, _ = features(params, inputs_BT, jnp.ones(inputs_BT.shape), None)
+    return head_logits(params, x_BTD)
+
+  def blank_memory(rows: int, slots: int) -> Memory:
+    c = config
+    heads = (c.num_experts * c.num_heads, c.embed_dim // c.num_heads)
+    shape = (c.num_layers, rows, slots, *heads)
+    return Memory(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+  def read(params, memory, inputs_BT, start_B):
+    weights_BT = jnp.ones(inputs_BT.shape)
+    output: Any = network.apply({"params": params}, inputs_BT, weights_BT, None, memory, start_B)
+    x_BTD, reading = output
+    return head_logits(params, x_BTD), reading
 
   def loss(params, x_BTD, targets_BT, weights_BT) -> jax.Array:
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -192,4 +249,4 @@ def build(
   def expert_matrices(params, target):
     return matrices(params["layers"]["experts"], target)
 
-  return LanguageModel(init, features, logits, loss, expert_matrices)
+  return LanguageModel(init, features, logits, blank_memory, read, loss, expert_matrices)

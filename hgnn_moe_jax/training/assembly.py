@@ -43,7 +43,18 @@ class Assembly(NamedTuple):
 def assemble(config: Config, corpus: Corpus) -> Assembly:
   """Builds everything without allocating any parameter."""
   total = total_steps(config, corpus.splits["train"].examples.num_examples)
-  model = build_model(config, corpus.tokenizer.vocab_size)
+  return assemble_sized(config, corpus.tokenizer.vocab_size, total)
+
+
+def assemble_sized(config: Config, vocab_size: int, total: int) -> Assembly:
+  """As `assemble`, for a run whose text is not at hand.
+
+  Args:
+    config: of the run.
+    vocab_size: V.
+    total: its length in steps.
+  """
+  model = build_model(config, vocab_size)
   params = jax.eval_shape(model.init, jax.random.key(0))
   learning_rate = optimizers.learning_rate_schedule(config.training, total)
   optimizer = optimizers.build(config.training, learning_rate, params)

@@ -123,7 +123,8 @@ def train(config: Config, workdir: pathlib.Path, quiet: bool = False) -> dict[st
     announce(f"{config.name}: reading {config.data.source} {config.data.path}".rstrip(), quiet)
     corpus = load_corpus(config)
     assembly = assemble(config, corpus)
-    run_folder.claim(workdir, config, _details(config, corpus, assembly))
+    details = _details(config, corpus, assembly)
+    run_folder.claim(workdir, config, details, corpus.tokenizer.definition)
     announce(
       f"{assembly.parameters:,} parameters, {assembly.total_steps:,} steps of "
       f"{config.training.batch_size} x {config.model.max_length} tokens; compiling",

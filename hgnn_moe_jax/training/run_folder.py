@@ -11,6 +11,8 @@ from hgnn_moe_jax.config import Config, difference
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.training.records import run_folder_errors, write_json
 
+TOKENIZER = "tokenizer.json"
+
 
 @contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
@@ -48,13 +50,19 @@ def read_config(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
     ) from error
 
 
-def claim(workdir: pathlib.Path, config: Config, details: dict[str, Any]) -> None:
+def claim(
+  workdir: pathlib.Path,
+  config: Config,
+  details: dict[str, Any],
+  tokenizer_definition: str | None = None,
+) -> None:
   """Writes config.json, or checks that the folder's run is the same one.
 
   Args:
     workdir: locked.
     config: of the run to start or continue.
     details: further content of config.json; `details["data"]["fingerprint"]` must agree.
+    tokenizer_definition: content of tokenizer.json, which makes the run readable without its text.
 
   Raises:
     UserError: the folder belongs to a run that differs in meaning, with the fields that differ.
@@ -65,6 +73,9 @@ def claim(workdir: pathlib.Path, config: Config, details: dict[str, Any]) -> Non
         f"--workdir={workdir}: has checkpoints but no config.json, so it cannot be continued; "
         "restore config.json or choose another folder"
       )
+    if tokenizer_definition is not None:
+      with run_folder_errors(workdir):
+        (workdir / TOKENIZER).write_text(tokenizer_definition, encoding="utf-8")
     write_json(workdir / "config.json", {"config": config.to_dict(), **details})
     return
   old, content = read_config(workdir)

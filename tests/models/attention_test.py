@@ -90,7 +90,7 @@ def test_bfloat16_stays_bfloat16_and_close(quick_jit):
 
 def _rotated(x_H, position):
   x_BTGH = jnp.asarray(x_H).reshape(1, 1, 1, -1)
-  return np.asarray(attention.rotate(x_BTGH, jnp.array([position])))[0, 0, 0]
+  return np.asarray(attention.rotate(x_BTGH, jnp.array([[position]])))[0, 0, 0]
 
 
 def test_rotation_by_hand():

@@ -16,17 +16,6 @@ _QUICK = {
 }
 
 
-def _random_params(shapes: Any, seed: int = 0) -> Any:
-  """Parameters of the given shapes, far from initialisation: no zero bias, no equal weights."""
-  rng = np.random.default_rng(seed)
-
-  def draw(path, leaf):
-    around = 1.0 if path[-1].key.endswith("scale") else 0.0
-    return np.asarray(around + 0.3 * rng.standard_normal(leaf.shape), np.float32)
-
-  return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
 def _relabel(params: Any, order: Sequence[int], edges: Sequence[Sequence[int]]) -> Any:
   """The same network, or its gradient, with expert order[i] renamed i.
 
@@ -80,11 +69,6 @@ def quick_jit():
   except jax.errors.JaxRuntimeError:
     options = None
   return lambda function: jax.jit(function, compiler_options=options)
-
-
-@pytest.fixture(scope="session")
-def random_params():
-  return _random_params
 
 
 @pytest.fixture(scope="session")

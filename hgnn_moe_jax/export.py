@@ -1,0 +1,32 @@
+"""Weights for elsewhere: `python -m hgnn_moe_jax.export RUN --output=FOLDER`.
+
+Writes model.safetensors, card.json and, where it is needed, tokenizer.json; see `trained`.
+"""
+
+import pathlib
+
+from absl import flags
+
+from hgnn_moe_jax import cli
+from hgnn_moe_jax.errors import UserError
+
+
+def main() -> None:
+  """The command."""
+  output = flags.DEFINE_string("output", None, "Folder to write; exported/NAME if not given.")
+  checkpoint = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which one to export.")
+
+  def run(argv: list[str]) -> None:
+    if len(argv) != 2:
+      raise UserError("give one run folder: python -m hgnn_moe_jax.export runs/quickstart")
+    from hgnn_moe_jax import trained
+
+    model = trained.load(argv[1], checkpoint.value)
+    folder = pathlib.Path(output.value or pathlib.Path("exported", model.config.name))
+    print(trained.export(model, folder))
+
+  cli.start(run)
+
+
+if __name__ == "__main__":
+  main()
