@@ -5,6 +5,8 @@ are mutable dataclasses because `ml_collections.config_flags` sets overrides on 
 (`--config.model.num_experts=8`); after `Config.validate()` nobody changes them. They have slots, so
 that a misspelt field in a config file is an error and not a new attribute that nobody reads.
 
+Four fields also take an import path, "package.module:name": see `extensions`.
+
 A field whose metadata says `meaning=False` may change between a run and its continuation without
 changing any result (how often to log, where the cache lies). All others must agree on resume.
 """
@@ -16,6 +18,7 @@ import math
 from itertools import combinations
 from typing import Any, cast
 
+from hgnn_moe_jax import extensions
 from hgnn_moe_jax.errors import ConfigError
 
 COUPLERS = ("graph", "hypergraph", "mean", "matrix", "attention")
@@ -207,7 +210,12 @@ class Config:
     if not 0 <= self.seed < 2**32:
       raise ConfigError("seed", self.seed, "use a value in [0, 2**32)")
     for field, choices in _CHOICES.items():
-      _require(self, field, lambda v, c=choices: v in c, f"use one of {', '.join(choices)}")
+      group, name = field.split(".")
+      value = getattr(getattr(self, group), name)
+      if field in extensions.FIELDS and extensions.is_path(value):
+        extensions.load(field, value)
+      elif value not in choices:
+        raise ConfigError(field, value, f"use one of {', '.join(choices)}")
     for field, (low, high) in _RANGES.items():
       bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
       _require(

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hgnn_moe_jax import extensions
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import hypergraph
 from hgnn_moe_jax.models.layers import LayerNorm, fan_in_normal, project
@@ -110,7 +111,12 @@ class AttentionOperator(nn.Module):
 
 
 def make_operator(config: ModelConfig, name: str) -> nn.Module:
-  """The operator over experts that `config.coupler` names. Raises KeyError for "mean"."""
+  """The operator over experts that `config.coupler` names: h_EBTD -> P, `[E, E]` or `[E, E, B, T]`.
+
+  Raises KeyError for "mean", ConfigError for an import path that cannot be imported.
+  """
+  if extensions.is_path(config.coupler):
+    return extensions.load("model.coupler", config.coupler)(config, name=name)
   return {
     "graph": lambda: GraphOperator(name=name),
     "hypergraph": lambda: HypergraphOperator(

@@ -6,6 +6,7 @@ tokens is removed (centring over tokens, per expert). Removing a token's mean ov
 would force the cosines of random experts to -1 / (E - 1).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from hgnn_moe_jax.orthogonality import gram
 
 FORMS = ("cosine", "covariance")
+Form = str | Callable[[jax.Array, jax.Array], jax.Array]
 # An expert whose updates are smaller than this share of the mean scale is pushed to grow.
 _SCALE_MARGIN = 0.5
 
@@ -37,7 +39,7 @@ class UpdateOverlap(NamedTuple):
 
 
 def update_overlap(
-  updates_EBTD: jax.Array, weights_BT: jax.Array, form: str = "cosine"
+  updates_EBTD: jax.Array, weights_BT: jax.Array, form: Form = "cosine"
 ) -> UpdateOverlap:
   """Compares the experts' token-centred updates, all but the scale independent of scale.
 
@@ -49,7 +51,8 @@ def update_overlap(
   Args:
     updates_EBTD: block output minus block input, `[E, B, T, D]`.
     weights_BT: 1 for valid tokens, 0 for padding, `[B, T]`; other values are not meant.
-    form: what `overlap_EE` holds, "cosine" or "covariance".
+    form: what `overlap_EE` holds: "cosine", "covariance", or a function of the centred updates
+      `[E, B, T, D]` and of shares `[B, T]`, which sum to 1 and are 0 for padding.
 
   Returns:
     `UpdateOverlap`, float32. All zero if no token is valid.
@@ -72,7 +75,9 @@ def update_overlap(
   products_BTEE = gram.contract("ebtd,fbtd->btef", centred_EBTD, centred_EBTD)
   cosine_BTEE = gram.normalize(products_BTEE)
   squared_scale_E = jnp.einsum("btee,bt->e", products_BTEE, shares_BT)
-  if form == "cosine":
+  if callable(form):
+    overlap_EE = form(centred_EBTD, shares_BT)
+  elif form == "cosine":
     overlap_EE = _token_mean(jnp.square(cosine_BTEE), shares_BT)
   else:
     overlap_EE = _covariance_overlap(centred_EBTD, shares_BT, squared_scale_E)
@@ -85,7 +90,7 @@ def update_overlap(
   )
 
 
-def output_penalty(overlap_LEE: jax.Array, scale_LE: jax.Array, form: str) -> jax.Array:
+def output_penalty(overlap_LEE: jax.Array, scale_LE: jax.Array, form: Form) -> jax.Array:
   """The scalar per layer that training adds to its loss.
 
   "cosine": mean over pairs of the overlap. "covariance": the same plus the variance guard
@@ -97,7 +102,7 @@ def output_penalty(overlap_LEE: jax.Array, scale_LE: jax.Array, form: str) -> ja
   Args:
     overlap_LEE: `[..., E, E]`, of the same form.
     scale_LE: `[..., E]`; only the covariance form reads it.
-    form: "cosine" or "covariance".
+    form: as in `update_overlap`; a function's penalty is the mean over pairs of its overlap.
 
   Returns:
     `[...]` float32, scale-invariant, in [0, 1] (cosine) or [0, 2] (covariance). Random: 1 / D or
@@ -108,7 +113,7 @@ def output_penalty(overlap_LEE: jax.Array, scale_LE: jax.Array, form: str) -> ja
   """
   _check(form)
   mean_overlap_L = gram.off_diagonal_mean(overlap_LEE)
-  if form == "cosine":
+  if form != "covariance":
     return mean_overlap_L
   mean_scale_L = jax.lax.stop_gradient(jnp.mean(scale_LE, axis=-1, keepdims=True))
   active = mean_scale_L > 0.0
@@ -161,6 +166,6 @@ def _token_mean(values_BTEE: jax.Array, shares_BT: jax.Array) -> jax.Array:
   return gram.contract("btef,bt->ef", values_BTEE, shares_BT)
 
 
-def _check(form: str) -> None:
-  if form not in FORMS:
+def _check(form: Form) -> None:
+  if not callable(form) and form not in FORMS:
     raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")

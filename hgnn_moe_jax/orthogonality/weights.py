@@ -10,7 +10,7 @@ orthogonal already (mean squared cosine 1 / (D K)), whatever the experts compute
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from hgnn_moe_jax.orthogonality import gram, subspace
 
 FORMS = ("gram", "spectral")
+Form = str | Callable[[jax.Array], jax.Array]
 
 
 def gram_overlap(w_LEDK: jax.Array) -> jax.Array:
@@ -60,12 +61,12 @@ def spectral_overlap(w_LEDK: jax.Array, rank: int) -> jax.Array:
   return _subspace_overlap(_scatter(w_LEDK), rank)
 
 
-def weight_overlap(roles: Mapping[str, jax.Array], form: str, rank: int) -> jax.Array:
+def weight_overlap(roles: Mapping[str, jax.Array], form: Form, rank: int) -> jax.Array:
   """Overlap summed over roles: one Gram matrix per role.
 
   Args:
     roles: role -> `w_LEDK`, `[L, E, D, K]`, K free.
-    form: "gram" or "spectral".
+    form: "gram", "spectral", or a function `w_LEDK -> [L, E, E]` of each role.
     rank: R of the spectral form, in [1, D).
 
   Returns:
@@ -76,8 +77,9 @@ def weight_overlap(roles: Mapping[str, jax.Array], form: str, rank: int) -> jax.
     ValueError: no roles, an unknown form, or a rank outside [1, D).
   """
   _check(roles, form)
-  if form == "gram":
-    return jnp.sum(jnp.stack([gram_overlap(w_LEDK) for w_LEDK in roles.values()]), axis=0)
+  if form != "spectral":
+    overlap = form if callable(form) else gram_overlap
+    return jnp.sum(jnp.stack([overlap(w_LEDK) for w_LEDK in roles.values()]), axis=0)
   # The scatter matrices of all roles have the same shape whatever K: one iteration serves them all.
   scatter_PLEDD = jnp.stack([_scatter(w_LEDK) for w_LEDK in roles.values()])
   return jnp.sum(_subspace_overlap(scatter_PLEDD, rank), axis=0)
@@ -159,8 +161,8 @@ def _subspace_overlap(scatter_LEDD: jax.Array, rank: int) -> jax.Array:
   return gram.normalize(jnp.sum(jnp.square(cosines_LEERR), axis=(-2, -1)))
 
 
-def _check(roles: Mapping[str, jax.Array], form: str) -> None:
+def _check(roles: Mapping[str, jax.Array], form: Form) -> None:
   if not roles:
     raise ValueError("roles is empty: there is no matrix to compare")
-  if form not in FORMS:
+  if not callable(form) and form not in FORMS:
     raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")

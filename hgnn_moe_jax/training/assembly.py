@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from hgnn_moe_jax import extensions
 from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.control import schedules, strategies
 from hgnn_moe_jax.control.adaptive import adaptive
@@ -66,10 +67,11 @@ def assemble_sized(config: Config, vocab_size: int, total: int) -> Assembly:
 
 def build_model(config: Config, vocab_size: int) -> LanguageModel:
   """The config's model, whose layers measure the overlap of their experts' updates."""
+  form = extensions.resolve("orthogonality.output_form", config.orthogonality.output_form)
   return language_model.build(
     config.model,
     vocab_size,
-    measure=functools.partial(outputs.update_overlap, form=config.orthogonality.output_form),
+    measure=functools.partial(outputs.update_overlap, form=form),
     remat=config.training.remat,
   )
 
@@ -121,6 +123,8 @@ def _layer_controller(config: Config, total_steps: int) -> Controller:
       **boost,
     )
   plan = (watch, actuator, schedule, a.initial_strength, a.deeper_layer_scaling)
+  if extensions.is_path(a.controller):
+    return extensions.load("adaptive.controller", a.controller)(*plan)
   if a.controller == "schedule":
     return strategies.scheduled(*plan)
   if a.controller == "convergence":

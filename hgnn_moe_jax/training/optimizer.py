@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from hgnn_moe_jax.config import TrainingConfig
-from hgnn_moe_jax.errors import ConfigError
+from hgnn_moe_jax.errors import ConfigError, UserError
 
 # What decays, by parameter path. Each parameter must match exactly one rule, so that a new one
 # cannot slip through undecided.
@@ -137,13 +137,16 @@ def build(config: TrainingConfig, schedule: optax.Schedule, params: Any) -> Any:
 
 
 def decay_mask(params: Any) -> Any:
-  """A tree of bools like `params`. Raises ValueError if a parameter fits no rule or several."""
+  """A tree of bools like `params`. Raises UserError if a parameter fits no rule or several."""
 
   def decide(path, _):
     name = _name(path)
     fits = [decays for pattern, decays in _DECAY_RULES if re.fullmatch(pattern, name)]
     if len(fits) != 1:
-      raise ValueError(f"parameter {name} fits {len(fits)} weight-decay rules; it needs one")
+      raise UserError(
+        f"parameter {name} fits {len(fits)} weight-decay rules, it needs one: let its name end in "
+        "kernel if it is to decay, in scale or bias if not"
+      )
     return fits[0]
 
   return jax.tree.map_with_path(decide, params)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hgnn_moe_jax import extensions
 from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.control.base import Controller, Observation, Strengths
 from hgnn_moe_jax.data.examples import Batch, Examples, gather
@@ -72,6 +73,8 @@ def make_train_step(
   """
   o, rounds = config.orthogonality, config.training.accumulation
   penalise_weights, penalise_outputs = config.penalties()
+  weight_form = extensions.resolve("orthogonality.weight_form", o.weight_form)
+  output_form = extensions.resolve("orthogonality.output_form", o.output_form)
 
   def data_loss(params, batch, strengths, total, key):
     x_BTD, aux = model.features(params, batch.inputs_BT, batch.weights_BT, key)
@@ -81,7 +84,7 @@ def make_train_step(
       lm_loss=nll / total,
       output_overlap_LEE=overlap.overlap_EE / rounds,
       output_penalty_L=outputs.output_penalty(
-        _by_pair(overlap.overlap_EE, strengths.output_pairs_LEE), overlap.scale_E, o.output_form
+        _by_pair(overlap.overlap_EE, strengths.output_pairs_LEE), overlap.scale_E, output_form
       )
       / rounds,
       output_specialization_L=outputs.output_specialization(overlap.absolute_cosine_EE) / rounds,
@@ -96,7 +99,7 @@ def make_train_step(
 
   def weight_loss(params, strengths):
     roles = model.expert_matrices(params, o.weight_target)
-    overlap_LEE = weights.weight_overlap(roles, o.weight_form, o.subspace_rank)
+    overlap_LEE = weights.weight_overlap(roles, weight_form, o.subspace_rank)
     term = WeightTerm(
       overlap_LEE=overlap_LEE,
       penalty_L=gram.off_diagonal_mean(_by_pair(overlap_LEE, strengths.weight_pairs_LEE)),

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from hgnn_moe_jax.config import TrainingConfig
-from hgnn_moe_jax.errors import ConfigError
+from hgnn_moe_jax.errors import ConfigError, UserError
 from hgnn_moe_jax.models import language_model
 from hgnn_moe_jax.training import optimizer as ours
 
@@ -110,7 +110,7 @@ def test_every_parameter_is_decided_upon(name, tiny_config):
 
 
 def test_a_parameter_without_a_rule_is_an_error():
-  with pytest.raises(ValueError, match=r"layers/experts/tempo fits 0 weight-decay rules"):
+  with pytest.raises(UserError, match=r"layers/experts/tempo fits 0 weight-decay rules"):
     ours.decay_mask({"layers": {"experts": {"tempo": jnp.ones(3)}}})
 
 

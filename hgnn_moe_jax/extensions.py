@@ -1,0 +1,54 @@
+"""Parts that users bring along: fields of the config may name them by import path.
+
+`--config.model.coupler=my_project.couplers:Ring` takes `Ring` of the module my_project.couplers,
+which Python must find: in the folder that the command runs in, or installed. The run folder keeps
+the path, so evaluation, generation and analysis need the module, too. docs/extending.md has one
+example per field.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from hgnn_moe_jax.errors import ConfigError
+
+# Field -> what it names.
+FIELDS = {
+  "model.coupler": "an operator over experts: module(config, name=...)(h_EBTD) -> P",
+  "adaptive.controller": "a factory of controllers: (watch, actuator, schedule, strength, scaling)",
+  "orthogonality.weight_form": "an overlap of weights: w_LEDK -> [L, E, E]",
+  "orthogonality.output_form": "an overlap of updates: (updates_EBTD, weights_BT) -> [E, E]",
+}
+
+
+def is_path(value: str) -> bool:
+  """Whether a field's value is an import path and not one of this project's own names."""
+  return ":" in value
+
+
+def load(field: str, path: str) -> Callable[..., Any]:
+  """What the import path names.
+
+  Args:
+    field: of FIELDS, for the message.
+    path: "package.module:name".
+
+  Raises:
+    ConfigError: the module or the name is not there, or cannot be called.
+  """
+  module, _, name = path.partition(":")
+  try:
+    found = getattr(importlib.import_module(module), name)
+  except (ImportError, ValueError) as error:
+    cure = f"{error}; run where Python finds the module, or install it"
+    raise ConfigError(field, path, cure) from error
+  except AttributeError:
+    raise ConfigError(field, path, f"{module} has no {name or 'empty name'}") from None
+  if not callable(found):
+    raise ConfigError(field, path, f"not callable; give {FIELDS[field]}")
+  return found
+
+
+def resolve(field: str, value: str) -> Any:
+  """The value itself if it is one of the project's own names, else what it names."""
+  return load(field, value) if is_path(value) else value
