@@ -214,7 +214,7 @@ def _read_prompts(
   warn: Callable[[str], None],
 ) -> list[_Row]:
   if not prompts:
-    raise UserError("no prompt: give --prompt=TEXT, or --prompts=FILE with a prompt per line")
+    raise UserError("no prompt: give one or more")
   if empty := [n for n, prompt in enumerate(prompts, 1) if not prompt]:
     raise UserError(f"prompt {empty[0]} is empty: give at least one character")
   T, tokenizer = trained.config.model.max_length, trained.tokenizer

@@ -18,7 +18,7 @@ def prompts(given: Sequence[str], file: str | None) -> list[str]:
   """The prompts of the command line and the lines of a file, in this order.
 
   Raises:
-    UserError: the file cannot be read, or has an empty line.
+    UserError: no prompt at all, a file that cannot be read, or an empty line in it.
   """
   lines: list[str] = []
   if file is not None:
@@ -28,6 +28,8 @@ def prompts(given: Sequence[str], file: str | None) -> list[str]:
       raise UserError(f"--prompts={file}: cannot be read ({error}); give a text file") from None
     if empty := [n for n, line in enumerate(lines, 1) if not line.strip()]:
       raise UserError(f"--prompts={file}: line {empty[0]} is empty; give a prompt in every line")
+  if not given and not lines:
+    raise UserError("no prompt: give --prompt=TEXT, or --prompts=FILE with a prompt per line")
   return [*given, *lines]
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hgnn_moe_jax import extensions
+from hgnn_moe_jax import extensions, trained
 from hgnn_moe_jax.config import Config, ModelConfig, with_fields
 from hgnn_moe_jax.control import plant, schedules
 from hgnn_moe_jax.control.supervision import make_actuator, make_watch
@@ -47,7 +47,9 @@ def test_the_ring_couples_neighbours_and_learns(mine, quick_model, random_params
     ffn_multiplier=2, coupler_layers=1, compute_dtype="float32",
   )  # fmt: skip
   ring = sys.modules["mine"].Ring(config, name="ring")
-  operator = ring.apply({"params": {"neighbour_scale": jnp.array([2.0, 3.0])}}, jnp.zeros((4, 1, 1, 8)))
+  operator = ring.apply(
+    {"params": {"neighbour_scale": jnp.array([2.0, 3.0])}}, jnp.zeros((4, 1, 1, 8))
+  )
   wanted = np.zeros((4, 4))
   for i in range(4):
     wanted[i, i - 1], wanted[i, (i + 1) % 4] = 2.0, 3.0
@@ -87,18 +89,16 @@ def test_all_three_train_together(mine, tiny_config, tmp_path, shared_programs):
       "adaptive.decay_schedule": "none",
     }
   )
-  train = _train(config, tmp_path / "run")
-  low = np.array([step["output_specialization"] for step in train]) < 0.9999
+  steps = _train(config, tmp_path / "run")
+  low = np.array([step["output_specialization"] for step in steps]) < 0.9999
   assert low.all()
-  strength = np.array([step["output_strength"] for step in train])
+  strength = np.array([step["output_strength"] for step in steps])
   # 0.1 x warm-up over 4 steps x 0.8^layer, from the second step on: before it, nothing was seen.
   warmup = np.minimum(np.arange(12) / 4, 1.0)
   wanted = 0.1 * warmup[:, None] * np.array([1.0, 0.8])
   np.testing.assert_allclose(strength[1:], wanted[1:], rtol=1e-5)
-  params = loop.Checkpointer(tmp_path / "run").restore(
-    loop.assemble(config, loop.load_corpus(config)).abstract_state, 12
-  )[0].params  # fmt: skip
-  assert np.any(params["layers"]["coupler"]["operator_0"]["neighbour_scale"] != 0.5)  # It was trained.
+  operator = trained.load(tmp_path / "run").params["layers"]["coupler"]["operator_0"]
+  assert np.any(operator["neighbour_scale"] != 0.5)  # It was trained.
 
 
 def test_the_objective_on_known_experts(mine):

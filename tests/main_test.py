@@ -106,10 +106,17 @@ def test_hyperedge_of_a_missing_expert(refused):
 ARGUMENTS = [
   ((), r"--config=: no Config there; give a file such as configs/quickstart\.py"),
   (("--config=missing.py",), r"--config=missing\.py: no Config there; give a file"),
-  ((QUICKSTART, "--mode=chat"), r"flag --mode=chat: value should be one of <train\|evaluate>"),
+  (
+    (QUICKSTART, "--mode=chat"),
+    r"flag --mode=chat: value should be one of <train\|eval",
+  ),
   ((QUICKSTART, "steps=3"), r"steps=3: not understood; every option starts with --"),
   ((QUICKSTART, "--stepz=3"), r"Unknown command line flag 'stepz'"),
   (("--mode=evaluate",), r"--mode=evaluate: give the run folder with --workdir"),
+  (("--mode=generate",), r"no prompt: give --prompt=TEXT, or --prompts=FILE"),
+  (("--mode=generate", "--prompt=a"), r"--mode=generate: give the run folder with --workdir"),
+  (("--mode=generate", "--prompts=none.txt"), r"--prompts=none\.txt: cannot be read"),
+  (("--mode=generate", "--prompt=a", "--workdir=."), r"--workdir=\.: no config\.json there"),
   (("--mode=evaluate", "--stride=0"), r"flag --stride=0: 0 is not a positive integer"),
 ]
 
@@ -245,8 +252,8 @@ def test_run_folders_that_cannot_be_evaluated(refused, claimed, tmp_path, shared
   assert "config.json is damaged" in evaluate(claimed)
 
 
-def test_a_run_from_start_to_score(cli, tiny_config, config_file, tmp_path, shared_programs):
-  """Train, run again, evaluate; and settings given on the command line arrive."""
+def test_a_run_from_start_to_text(cli, tiny_config, config_file, tmp_path, shared_programs):
+  """Train, run again, evaluate, generate; and settings given on the command line arrive."""
   workdir = tmp_path / "run"
   arguments = (
     config_file(tiny_config()),
@@ -273,3 +280,16 @@ def test_a_run_from_start_to_score(cli, tiny_config, config_file, tmp_path, shar
   last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
   assert (last["kind"], last["split"], last["stride"]) == ("eval", "test", 5)
   assert not list(tmp_path.glob("runs"))
+
+  prompts = tmp_path / "prompts.txt"
+  prompts.write_text("carries\nmessages\n")
+  write = ("--mode=generate", f"--workdir={workdir}", "--prompt=the experts", "--max_tokens=8")
+  one = cli(*write)
+  assert (one.status, one.err) == (0, "")
+  assert one.out.startswith("the experts")
+  assert cli(*write).out == one.out != cli(*write, "--sample_seed=1").out
+  many = cli(*write, f"--prompts={prompts}", "--temperature=0")
+  starts = [text.split()[0] for text in many.out.split("\n---\n")]
+  assert [start[:7] for start in starts] == ["the", "carries", "message"]
+  long = cli(*write, f"--prompt={'x' * 20}")
+  assert long.err == "prompt 2 has 20 tokens, the context holds 16: its end is read\n"
