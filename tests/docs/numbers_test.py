@@ -1,0 +1,71 @@
+"""Numbers in the documentation are those that the library computes or that results/ holds."""
+
+import contextlib
+import io
+import json
+import math
+import pathlib
+import re
+
+import pytest
+
+import hgnn_moe_jax
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+def page(name: str) -> str:
+  return (ROOT / "docs" / name).read_text()
+
+
+def rows(text: str, first: str) -> list[list[str]]:
+  """The cells of a table's rows whose first cell matches."""
+  lines = [line for line in text.splitlines() if line.startswith("| ")]
+  cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+  return [row for row in cells if re.fullmatch(first, row[0])]
+
+
+def test_the_page_computes_its_table_of_chance_levels():
+  text = page("measuring-specialization.md")
+  (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  printed = io.StringIO()
+  with contextlib.redirect_stdout(printed):
+    exec(code, {})
+  table = rows(text, r"\d+")
+  assert len(table) == 6
+  assert rows(printed.getvalue(), r"\d+") == table
+
+
+@pytest.mark.parametrize("row", rows(page("measuring-specialization.md"), r"\d+"))
+def test_chance_levels_by_the_formula_in_the_text(row):
+  D, square, weight, penalty, output, output_penalty = map(float, row)
+  cosine = lambda n: math.sqrt(2 / (math.pi * n))  # noqa: E731
+  sides = (4 * D, 4 * D, 3 * D, D)
+  assert square == pytest.approx(1 - cosine(D * D), abs=6e-5)
+  assert weight == pytest.approx(1 - sum(cosine(D * K) for K in sides) / 4, abs=6e-5)
+  assert output == pytest.approx(1 - cosine(D), abs=1e-3)
+  assert penalty == pytest.approx(sum(1 / (D * K) for K in sides), rel=0.05)
+  assert output_penalty == pytest.approx(1 / D, rel=0.05)
+
+
+def test_the_overhead_table_is_the_measured_one():
+  result = json.loads((ROOT / "benchmarks" / "results" / "overhead_cpu.json").read_text())["steps"]
+  table = rows(page("performance.md"), r"without:.*|measured,.*|adaptive,.*")
+  assert len(table) == len(result)
+  for (_, milliseconds, ratio, megabytes), r in zip(table, result.values(), strict=True):
+    assert milliseconds == f"{1000 * r['seconds']:.1f}"
+    assert megabytes == f"{r['temporary_bytes'] / 1e6:.1f}"
+    told = f"{r['ratio']:.3f} [{r['ratio_low']:.3f}, {r['ratio_high']:.3f}]"
+    assert ratio == ("1" if r["ratio_low"] == r["ratio_high"] == 1.0 else told)
+
+
+def test_the_counts_of_wikitext2_are_those_that_are_asserted_elsewhere():
+  asserted = (ROOT / "tests" / "data" / "corpus_test.py").read_text()
+  for row in rows(page("data-and-protocols.md"), "train|validation|test"):
+    for count in row[1:]:
+      assert count.replace(",", "_") in asserted, row
+
+
+def test_the_version_is_the_packages():
+  assert f"\nversion: {hgnn_moe_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+  assert f"\n## [{hgnn_moe_jax.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
