@@ -12,7 +12,7 @@ def analyze_adaptive_orthogonality(
   output_dir: str | pathlib.Path | None = None,
   baseline: str | pathlib.Path | None = None,
 ) -> pathlib.Path:
-  """Draws every figure of a run and writes report.html.
+  """Draws every figure of a run and writes report.html, which says what had to be left out.
 
   Args:
     run: a run folder, of a finished run or of one that goes on.
@@ -26,10 +26,12 @@ def analyze_adaptive_orthogonality(
     UserError: nothing to read there, or matplotlib is missing.
   """
   from hgnn_moe_jax.analysis.analyze import analyze
+  from hgnn_moe_jax.analysis.runs import read_run
 
   folder = pathlib.Path(run)
   output = pathlib.Path(output_dir) if output_dir is not None else folder / "analysis"
-  return analyze(folder, output, None if baseline is None else pathlib.Path(baseline))
+  other = None if baseline is None else read_run(pathlib.Path(baseline))
+  return analyze(read_run(folder), output, other).path
 
 
 def compare_orthogonality_approaches(
@@ -37,12 +39,12 @@ def compare_orthogonality_approaches(
   output_dir: str | pathlib.Path,
   baseline: str | None = None,
 ) -> pathlib.Path:
-  """Compares approaches, each with one run or one per seed; writes tables and a figure.
+  """Compares approaches, each with one run or one per seed; writes a page, tables and figures.
 
   Args:
     runs: mappings with "name", the approach, and "run", its folder; a name may come several times,
       with another seed each time.
-    output_dir: for comparison.md, .csv, .png and .svg.
+    output_dir: for comparison.html, .md, .csv, and the figures as PNG and SVG.
     baseline: the name that the others are paired with, seed by seed.
 
   Returns:

@@ -1,12 +1,17 @@
 """Figures and a report of runs: `python -m hgnn_moe_jax.analysis RUN [RUN ...]`.
 
-Writes RUN/analysis/report.html and its figures; opens nothing.
+Writes RUN/analysis/report.html and its figures; opens nothing. What a report has to leave out is
+told there and on stderr. A run that cannot be read does not keep the others from being done: the
+command tells it and ends with status 2.
 """
+
+import pathlib
+import sys
 
 from absl import flags
 
 from hgnn_moe_jax import cli
-from hgnn_moe_jax.analysis import analyze_adaptive_orthogonality
+from hgnn_moe_jax.analysis.runs import read_run
 from hgnn_moe_jax.errors import UserError
 
 
@@ -17,10 +22,28 @@ def main() -> None:
   def run(argv: list[str]) -> None:
     if len(argv) < 2:
       raise UserError("give the folder of a run: python -m hgnn_moe_jax.analysis runs/quickstart")
-    for folder in argv[1:]:
-      print(analyze_adaptive_orthogonality(folder, baseline=baseline.value))
+    from hgnn_moe_jax.analysis.analyze import analyze  # Figures need matplotlib, an extra.
+
+    other = None if baseline.value is None else read_run(pathlib.Path(baseline.value))
+    status = 0
+    for folder in map(pathlib.Path, argv[1:]):
+      try:
+        report = analyze(read_run(folder), folder / "analysis", other)
+      except UserError as error:
+        _tell("error", str(error))
+        status = error.exit_status
+        continue
+      for reason in report.left_out:
+        _tell("left out", f"{folder}: {reason}")
+      print(report.path)
+    sys.exit(status)
 
   cli.start(run)
+
+
+def _tell(kind: str, text: str) -> None:
+  """One line on stderr."""
+  print(f"{kind}:", *text.split(), file=sys.stderr)
 
 
 if __name__ == "__main__":

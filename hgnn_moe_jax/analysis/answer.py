@@ -6,6 +6,12 @@ import numpy as np
 
 from hgnn_moe_jax.analysis.runs import RunData
 
+# Of summary.json.
+_COST = (
+  *("parameters", "tokens_seen", "train_seconds", "tokens_per_second", "compile_seconds"),
+  *("device", "last", "unigram_perplexity"),
+)
+
 
 def answer(run: RunData, baseline: RunData | None = None) -> list[tuple[str, str]]:
   """(question, answer) pairs, five of them.
@@ -46,7 +52,15 @@ def _specialization(run: RunData) -> str:
   experts = run.config.model.num_experts
   if experts == 1:
     return "There is one expert: nothing to compare."
+  if reason := run.lacks("output_specialization", "weight_specialization", "effective_experts"):
+    return f"Unknown: {reason}."
+  if missing := [
+    k for k in ("output_specialization", "weight_specialization") if k not in run.chance
+  ]:
+    return f"Unknown: config.json holds no chance level of {' and '.join(missing)}."
   score_L, chance = at_the_end(run, "output_specialization"), run.chance["output_specialization"]
+  if not np.isfinite(score_L).all():
+    return "Unknown: the last steps measured no finite numbers."
   above = int(np.sum(score_L > chance))
   verdict = {0: "No", len(score_L): "Yes"}.get(above, f"In {above} of {len(score_L)} layers")
   return (
@@ -61,6 +75,8 @@ def _cost(run: RunData) -> str:
   if run.summary is None:
     return f"The run is not finished: step {run.train['step'][-1]} of {run.total_steps}."
   s = run.summary
+  if missing := [field for field in _COST if field not in s]:
+    return f"Unknown: summary.json, of another version, has no {', '.join(missing)}."
   return (
     f"{s['parameters']:,} parameters, {s['tokens_seen']:,} tokens in {s['train_seconds']:.0f} s of "
     f"training ({s['tokens_per_second']:,.0f} tokens/s) and {s['compile_seconds']:.0f} s of "
@@ -71,6 +87,8 @@ def _cost(run: RunData) -> str:
 
 
 def _controller(run: RunData) -> str:
+  if reason := run.lacks("weight_strength", "output_strength"):
+    return f"Unknown: {reason}."
   kind = run.config.adaptive.controller
   parts = []
   for penalty in ("weight", "output"):
@@ -109,10 +127,18 @@ def _baseline(run: RunData, baseline: RunData | None) -> str:
 
 
 def _next(run: RunData, baseline: RunData | None) -> str:
+  if run.events_of("non_finite"):
+    return (
+      "Start anew in another folder with a lower training.learning_rate or a longer "
+      "training.warmup_steps: the loss or its gradient was not finite."
+    )
   if run.summary is None:
     return "Let the run go on: the same command continues it."
   if run.config.model.num_experts == 1:
     return "Compare with coupled experts: configs/graph.py."
+  lacking = run.lacks("output_specialization", "output_strength")
+  if lacking or "output_specialization" not in run.chance:
+    return "Train it again with this version: its records do not tell whether the experts differ."
   score_L, chance = at_the_end(run, "output_specialization"), run.chance["output_specialization"]
   penalised = bool(run.train["output_strength"].any())
   if np.any(score_L < chance) and not penalised:

@@ -9,10 +9,15 @@ from hgnn_moe_jax.analysis.runs import RunData
 from hgnn_moe_jax.analysis.style import (
   colour,
   draw_chance,
+  layer_panels,
+  legend,
   line_style,
+  log_axis,
+  marker,
   panels,
-  plain_numbers,
+  say,
   smooth,
+  step_axis,
 )
 
 # Event name -> marker and what it says in a legend.
@@ -25,20 +30,28 @@ _EVENTS = {
 }
 
 
+CORRELATED = (
+  *("weight_strength", "output_strength", "weight_specialization", "output_specialization"),
+  *("effective_experts", "lm_loss"),
+)
+
+
 def _window(run: RunData) -> int:
   """Curves are smoothed over a fiftieth of the run; raw values stay behind them, pale."""
   return max(1, len(run.train["step"]) // 50)
 
 
+def _curve(axes: Any, run: RunData, values: np.ndarray, index: int, label: str | None) -> None:
+  """A smoothed line, the raw values behind it."""
+  look = {"color": colour(index), "linestyle": line_style(index), "marker": marker(values)}
+  axes.plot(run.train["step"], values, **look, alpha=0.25, linewidth=0.8)
+  axes.plot(run.train["step"], smooth(values, _window(run)), **look, linewidth=1.8, label=label)
+
+
 def _layers(axes: Any, run: RunData, field: str) -> None:
-  """A line per layer, the raw values behind it."""
-  steps, values = run.train["step"], run.train[field]
-  for layer in range(values.shape[1]):
-    look = {"color": colour(layer), "linestyle": line_style(layer)}
-    axes.plot(steps, values[:, layer], **look, alpha=0.2, linewidth=0.8)
-    axes.plot(
-      steps, smooth(values[:, layer], _window(run)), **look, linewidth=1.8, label=f"layer {layer}"
-    )
+  """A curve per layer."""
+  for layer, values in enumerate(run.train[field].T):
+    _curve(axes, run, values, layer, f"layer {layer}")
 
 
 def _events(axes: Any, run: RunData, field: str | None = None) -> None:
@@ -63,38 +76,39 @@ def loss(run: RunData, path: pathlib.Path) -> None:
   """Training loss per token, and validation token perplexity on an axis of its own."""
   with panels(1, 2, path, 10.0, 4.2) as (_, axes):
     left, right = axes[0]
-    steps, values = run.train["step"], run.train["lm_loss"]
-    left.plot(steps, values, color=colour(0), alpha=0.25, linewidth=0.8)
-    left.plot(steps, smooth(values, _window(run)), color=colour(0), linewidth=1.8, label="training")
+    _curve(left, run, run.train["lm_loss"], 0, "training")
+    step_axis(left)
+    step_axis(right)
+    left.set_ylabel("cross-entropy, nats per token")
+    right.set_ylabel("validation token perplexity")
     if run.evaluations:
       at = [e["step"] for e in run.evaluations]
-      losses = [float(e["loss"]) for e in run.evaluations]
+      losses = np.array([e["loss"] for e in run.evaluations], np.float64)
       left.plot(at, losses, "o-", color=colour(1), label="validation")
       right.plot(at, np.exp(losses), "o-", color=colour(1))
       right.annotate(
-        f"{np.exp(losses[-1]):.1f}", (at[-1], np.exp(losses[-1])), xytext=(0, 8),
-        textcoords="offset points", ha="right",
+        f"{np.exp(losses[-1]):.4g}", (at[-1], np.exp(losses[-1])), xytext=(8, 0),
+        textcoords="offset points", va="center",
       )  # fmt: skip
-    left.set(xlabel="training step", ylabel="cross-entropy, nats per token")
+      log_axis(right)
+    else:
+      say(right, "not evaluated yet")
     left.legend()
-    right.set(xlabel="training step", ylabel="validation token perplexity", yscale="log")
-    plain_numbers(right)
 
 
 def strengths(run: RunData, path: pathlib.Path) -> None:
   """Strength of both penalties, layer by layer, with the controller's events."""
   with panels(1, 2, path, 10.0, 4.2, sharex=True) as (figure, axes):
     for panel, kind in zip(axes[0], ("weight", "output"), strict=True):
+      step_axis(panel)
+      panel.set_ylabel(f"strength of the {kind} penalty")
+      if not run.train[f"{kind}_strength"].any():
+        say(panel, f"no {kind} penalty acted")
+        continue
       _layers(panel, run, f"{kind}_strength")
-      if run.train[f"{kind}_strength"].any():
-        _events(panel, run, f"{kind}_strength")
-      panel.set(xlabel="training step", ylabel=f"strength of the {kind} penalty")
+      _events(panel, run, f"{kind}_strength")
       panel.set_ylim(bottom=0.0)
-    by_label: dict[str, Any] = {}
-    for panel in axes[0]:
-      handles, labels = panel.get_legend_handles_labels()
-      by_label |= dict(zip(labels, handles, strict=True))
-    figure.legend(by_label.values(), by_label.keys(), loc="outside upper center", ncols=4)
+    legend(figure, axes)
 
 
 def specialization(run: RunData, path: pathlib.Path) -> None:
@@ -105,9 +119,10 @@ def specialization(run: RunData, path: pathlib.Path) -> None:
     for panel, field, label in zip(axes[0], fields, labels, strict=True):
       _layers(panel, run, field)
       draw_chance(panel, run.chance.get(field))
-      panel.set(xlabel="training step", ylabel=label)
+      panel.set_ylabel(label)
+      step_axis(panel)
     axes[0][2].set_ylim(0.9, run.config.model.num_experts + 0.1)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    legend(figure, axes)
 
 
 def emergencies(run: RunData, path: pathlib.Path) -> None:
@@ -115,21 +130,18 @@ def emergencies(run: RunData, path: pathlib.Path) -> None:
   layers, steps = run.config.model.num_layers, run.train["step"]
   lanes = [(f"layer {n}", run.train["emergency"][:, n], run.train["converged"][:, n])
            for n in range(layers)]  # fmt: skip
-  with panels(1, 1, path, 9.0, 1.6 + 0.45 * (layers + 1)) as (_, axes):
+  with panels(1, 1, path, 9.0, 1.6 + 0.45 * (layers + 1)) as (figure, axes):
     panel = axes[0][0]
     for lane, (_, emergency, converged) in enumerate(lanes):
       _bars(panel, steps, converged, lane, colour(2), "converged")
       _bars(panel, steps, emergency, lane, colour(1), "emergency")
     _bars(panel, steps, run.train["plateau"], layers, colour(0), "validation plateau")
-    panel.set(xlabel="training step", xlim=(0, steps[-1]), ylim=(layers + 0.6, -0.6))
+    step_axis(panel)
+    panel.set(xlim=(0, steps[-1]), ylim=(layers + 0.6, -0.6))
     panel.set_yticks(range(layers + 1), [*(name for name, *_ in lanes), "validation"])
-    handles, labels = panel.get_legend_handles_labels()
-    by_label = dict(zip(labels, handles, strict=True))
-    if by_label:
-      panel.legend(by_label.values(), by_label.keys(), loc="upper center",
-                   bbox_to_anchor=(0.5, 1.35), ncols=3)  # fmt: skip
-    else:
+    if not panel.collections:
       panel.set_title("nothing happened: no emergency, no convergence, no plateau", size=12)
+    legend(figure, axes)
 
 
 def _bars(panel: Any, steps: np.ndarray, on: np.ndarray, lane: int, face: str, label: str) -> None:
@@ -148,15 +160,10 @@ def correlation(run: RunData, path: pathlib.Path) -> None:
 
   Means over layers. Steps follow one another, so a correlation is no cause, and its size no test.
   """
-  fields = {
-    "weight strength": run.train["weight_strength"].mean(axis=1),
-    "output strength": run.train["output_strength"].mean(axis=1),
-    "weight specialization": run.train["weight_specialization"].mean(axis=1),
-    "output specialization": run.train["output_specialization"].mean(axis=1),
-    "effective experts": run.train["effective_experts"].mean(axis=1),
-    "training loss": run.train["lm_loss"],
-  }
-  names, values = list(fields), rank_correlation(np.stack(list(fields.values())))
+  steps = len(run.train["step"])
+  rows = [run.train[field].reshape(steps, -1).mean(axis=1) for field in CORRELATED]
+  names = [field.replace("lm_", "training ").replace("_", " ") for field in CORRELATED]
+  values = rank_correlation(np.stack(rows))
   with panels(1, 1, path, 7.5, 6.0) as (figure, axes):
     panel = axes[0][0]
     panel.grid(visible=False)
@@ -184,34 +191,34 @@ def rank_correlation(values_FS: np.ndarray) -> np.ndarray:
 
 def throughput(run: RunData, path: pathlib.Path) -> None:
   """Gradient norm before clipping, and tokens per second."""
-  steps = run.train["step"]
+  speed = run.train["tokens_per_second"]
   with panels(1, 2, path, 10.0, 4.2, sharex=True) as (_, axes):
     left, right = axes[0]
-    norms = run.train["grad_norm"]
-    left.plot(steps, norms, color=colour(0), alpha=0.25, linewidth=0.8)
-    left.plot(steps, smooth(norms, _window(run)), color=colour(0), linewidth=1.8)
+    _curve(left, run, run.train["grad_norm"], 0, None)
     if clip := run.config.training.clip_norm:
       left.axhline(clip, color="0.35", linestyle=":", label="clipping")
       left.legend()
-    left.set(xlabel="training step", ylabel="gradient norm before clipping", yscale="log")
-    plain_numbers(left)
-    right.plot(steps, run.train["tokens_per_second"], color=colour(2), linewidth=1.2)
-    right.set(xlabel="training step", ylabel="tokens per second")
+    left.set_ylabel("gradient norm before clipping")
+    log_axis(left)
+    right.plot(run.train["step"], speed, color=colour(2), linewidth=1.2, marker=marker(speed))
+    right.set_ylabel("tokens per second")
     right.set_ylim(bottom=0.0)
+    step_axis(left)
+    step_axis(right)
 
 
 def gates(run: RunData, path: pathlib.Path) -> None:
   """Each expert's mean share in the pooled update, a panel per layer."""
-  load, steps = run.train["gate_load"], run.train["step"]
+  load = run.train["gate_load"]
   layers, experts = load.shape[1:]
-  with panels(1, layers, path, 4.5 * layers, 4.2, sharey=True) as (figure, axes):
-    for layer, panel in enumerate(axes[0]):
+  top = min(1.0, 2.5 * float(np.max(load, initial=1.0 / experts, where=np.isfinite(load))))
+  with layer_panels(1, layers, path, 4.5, 4.2, sharey=True) as (figure, axes_KL):
+    for layer, panel in enumerate(axes_KL[0]):
       for expert in range(experts):
-        look = {"color": colour(expert), "linestyle": line_style(expert)}
-        values = smooth(load[:, layer, expert], _window(run))
-        panel.plot(steps, values, **look, label=f"expert {expert}")
+        _curve(panel, run, load[:, layer, expert], expert, f"expert {expert}")
       panel.axhline(1.0 / experts, color="0.35", linestyle="--", linewidth=1.2)
-      panel.set(xlabel="training step", title=f"layer {layer}")
-      panel.set_ylim(0.0, min(1.0, 2.5 * max(float(load.max()), 1.0 / experts)))
-    axes[0][0].set_ylabel("share in the pooled update")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+      panel.set_title(f"layer {layer}")
+      panel.set_ylim(0.0, top)
+      step_axis(panel)
+    figure.supylabel("share in the pooled update", size=12)
+    legend(figure, axes_KL)

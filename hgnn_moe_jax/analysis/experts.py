@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from hgnn_moe_jax.analysis.runs import RunData
-from hgnn_moe_jax.analysis.style import colour, panels
+from hgnn_moe_jax.analysis.style import colour, layer_panels
 from hgnn_moe_jax.data.corpus import load_corpus
 from hgnn_moe_jax.data.examples import gather
 from hgnn_moe_jax.errors import UserError
@@ -39,10 +39,20 @@ def load_experts(run: RunData) -> Experts:
   """Reads the run's best checkpoint, or its last if none was scored, and compares its experts.
 
   Raises:
-    UserError: no readable checkpoint, or the text is not at hand.
+    UserError: no readable checkpoint, the text is not at hand, or this version cannot tell what
+      model it was.
   """
-  config, corpus = run.config, load_corpus(run.config)
-  if corpus.fingerprint != run.data["fingerprint"]:
+  config = run.config
+  if run.unknown:
+    raise UserError(
+      f"{run.folder}: the model may be one that this version does not know ("
+      f"{', '.join(run.unknown)}); look at it with the version that trained it"
+    )
+  config.validate()
+  if not (run.folder / "checkpoints").is_dir():  # Orbax would make it.
+    raise UserError(f"{run.folder}: no checkpoints there; copy them, too, or let the run go on")
+  corpus = load_corpus(config)
+  if corpus.fingerprint != run.data.get("fingerprint"):
     raise UserError(
       f"{run.folder}: the text at config.data.path={config.data.path!r} is not the one this run "
       "was trained on; restore it"
@@ -53,7 +63,7 @@ def load_experts(run: RunData) -> Experts:
     step = checkpointer.best_step()
     step = checkpointer.latest_step() if step is None else step
     if step is None:
-      raise UserError(f"{run.folder}: no checkpoint there yet; let the run go on")
+      raise UserError(f"{run.folder}: no checkpoint was saved yet; let the run go on")
     state, _ = checkpointer.restore(assembly.abstract_state, step)
   finally:
     checkpointer.close()
@@ -83,21 +93,21 @@ def load_experts(run: RunData) -> Experts:
 def similarity(experts: Experts, path: pathlib.Path) -> None:
   """Matrices of |cos| between experts: weights above, outputs below, a column per layer."""
   rows = {"weights": experts.weight_similarity, "outputs": experts.output_similarity}
-  layers = experts.weight_similarity.shape[0]
-  with panels(2, layers, path, 3.4 * layers + 1.6, 7.0) as (figure, axes_RL):
+  layers, count = experts.weight_similarity.shape[:2]
+  with layer_panels(2, layers, path, 3.4, 3.5) as (figure, axes_KL):
     image = None
-    for (kind, values_LEE), axes_L in zip(rows.items(), axes_RL, strict=True):
+    for (kind, values_LEE), axes_L in zip(rows.items(), axes_KL, strict=True):
       for layer, axes in enumerate(axes_L):
         axes.grid(visible=False)
         image = axes.imshow(values_LEE[layer], vmin=0.0, vmax=1.0, cmap="viridis")
         axes.set_title(f"layer {layer}, {kind}")
         _numbers(axes, values_LEE[layer])
-        axes.set_xticks(range(values_LEE.shape[1]))
-        axes.set_yticks(range(values_LEE.shape[1]))
-      axes_L[0].set_ylabel("expert")
-    for axes in axes_RL[-1]:
-      axes.set_xlabel("expert")
-    figure.colorbar(image, ax=axes_RL, label="mean |cosine| between experts", shrink=0.8)
+        axes.set_xticks(range(count))
+        axes.set_yticks(range(count))
+    figure.supxlabel("expert", size=12)
+    figure.supylabel("expert", size=12)
+    bar = figure.colorbar(image, ax=axes_KL, location="top", fraction=0.03, aspect=40)
+    bar.set_label("mean |cosine| between experts")
 
 
 def _numbers(axes, values_EE: np.ndarray) -> None:
@@ -121,14 +131,14 @@ def couplings(experts: Experts, path: pathlib.Path) -> None:
   layers, count = experts.output_similarity.shape[:2]
   angles = np.pi / 2 + 2 * np.pi * np.arange(count) / count
   places = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-  rounds = len(experts.ties)
-  with panels(rounds, layers, path, 3.6 * layers, 3.8 * rounds) as (_, axes_RL):
+  widest = min(7.0, 20.0 / count)  # points; many experts have many lines
+  with layer_panels(len(experts.ties), layers, path, 3.6, 3.8) as (_, axes_RL):
     for number, (ties, axes_L) in enumerate(zip(experts.ties, axes_RL, strict=True)):
       for layer, axes in enumerate(axes_L):
         largest = max(float(np.abs(ties.weight_LM[layer]).max()), 1e-12)
         smallest = float(np.abs(ties.weight_LM[layer]).min())
         for members, weight in zip(ties.members, ties.weight_LM[layer], strict=True):
-          _tie(axes, places[list(members)], abs(float(weight)) / largest)
+          _tie(axes, places[list(members)], abs(float(weight)) / largest, widest)
         axes.scatter(*places.T, s=420, color=colour(5), edgecolors="black", zorder=3)
         for expert, (x, y) in enumerate(places):
           axes.text(x, y, str(expert), ha="center", va="center", zorder=4)
@@ -137,8 +147,8 @@ def couplings(experts: Experts, path: pathlib.Path) -> None:
         axes.axis("off")
 
 
-def _tie(axes, places: np.ndarray, share: float) -> None:
+def _tie(axes, places: np.ndarray, share: float, widest: float) -> None:
   if len(places) == 2:
-    axes.plot(*places.T, color="0.3", linewidth=0.5 + 7.0 * share, alpha=0.8, zorder=2)
+    axes.plot(*places.T, color="0.3", linewidth=0.5 + widest * share, alpha=0.8, zorder=2)
   else:
     axes.fill(*places.T, color=colour(0), alpha=0.05 + 0.3 * share, zorder=1)

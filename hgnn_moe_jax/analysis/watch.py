@@ -7,6 +7,7 @@ Where the output is no terminal, it is printed once.
 import contextlib
 import pathlib
 import time
+from collections.abc import Callable
 
 import numpy as np
 from rich.console import Console, Group
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hgnn_moe_jax import cli
+from hgnn_moe_jax.analysis import timing
 from hgnn_moe_jax.analysis.answer import at_the_end
 from hgnn_moe_jax.analysis.runs import RunData, read_run
 from hgnn_moe_jax.errors import UserError
@@ -55,16 +57,21 @@ def _head(run: RunData) -> Panel:
   step = int(run.train["step"][-1])
   share = step / run.total_steps
   filled = round(30 * share)
-  speed = float(np.median(run.train["tokens_per_second"][-50:]))
+  bar = "━" * filled + "╌" * (30 - filled)
+  parts = [f"{bar} {share:.0%}", f"step {step:,}/{run.total_steps:,}"]
+  speed = None
+  if not run.lacks(*timing.NEEDS):
+    speed = float(np.median(run.train["tokens_per_second"][-50:]))
+    parts.append(f"{speed:,.0f} tokens/s")
   if run.summary is not None:
-    state = f"finished in {run.summary['train_seconds']:.0f} s"
-  else:
+    parts.append(f"finished in {run.summary['train_seconds']:.0f} s")
+  elif run.events_of("non_finite"):
+    parts.append("stopped: not finite")
+  elif speed is not None:
     per_step = float(np.median(run.train["tokens"][-50:])) / max(speed, 1e-9)
     left = time.strftime("%H:%M:%S", time.gmtime(per_step * (run.total_steps - step)))
-    state = f"{left} left at this speed"
-  bar = "━" * filled + "╌" * (30 - filled)
-  text = f"{bar} {share:.0%}  step {step:,}/{run.total_steps:,}  {speed:,.0f} tokens/s  {state}"
-  return Panel(Text(text), title=f"{run.config.name}, seed {run.config.seed}")
+    parts.append(f"{left} left at this speed")
+  return Panel(Text("  ".join(parts)), title=f"{run.config.name}, seed {run.config.seed}")
 
 
 def _losses(run: RunData, width: int) -> Panel:
@@ -72,12 +79,13 @@ def _losses(run: RunData, width: int) -> Panel:
   lines = [
     f"{name}  {run.train[field][-1]:8.3f}  {sparkline(np.log(run.train[field]), width - 24)}"
     for name, field in {"loss": "lm_loss", "grad": "grad_norm"}.items()
+    if not run.lacks(field)
   ]
   if run.evaluations:
     last = run.evaluations[-1]
     lines.append(
-      f"validation at step {last['step']}: token perplexity {float(last['token_perplexity']):.2f}, "
-      f"word perplexity {float(last['word_perplexity']):.1f}"
+      f"validation at step {last['step']}: token perplexity {last['token_perplexity']:.2f}, "
+      f"word perplexity {last['word_perplexity']:.1f}"
     )
   return Panel(Text("\n".join(lines), no_wrap=True), title="losses")
 
@@ -93,25 +101,37 @@ def _layers(run: RunData) -> Table:
   table.add_column("weight str.", justify="right")
   table.add_column("output str.", justify="right")
   table.add_column("state")
-  scores = {
-    field: at_the_end(run, field)
-    for field in ("output_specialization", "weight_specialization", "effective_experts")
-  }
   for layer in range(run.config.model.num_layers):
-    state = Text("emergency", "bold red") if run.train["emergency"][-1, layer] else Text("")
-    if run.train["converged"][-1, layer]:
-      state.append(" converged", "green")
     table.add_row(
       str(layer),
-      f"{scores['output_specialization'][layer]:.3f}",
-      f"{scores['weight_specialization'][layer]:.4f}",
-      f"{scores['effective_experts'][layer]:.2f} of {run.config.model.num_experts}",
-      f"{run.train['weight_strength'][-1, layer]:.4f}",
-      f"{run.train['output_strength'][-1, layer]:.4f}",
-      state,
+      _cell(run, "output_specialization", layer, 3, at_the_end),
+      _cell(run, "weight_specialization", layer, 4, at_the_end),
+      _cell(run, "effective_experts", layer, 2, at_the_end) + f" of {run.config.model.num_experts}",
+      _cell(run, "weight_strength", layer, 4, _now),
+      _cell(run, "output_strength", layer, 4, _now),
+      _state(run, layer),
     )
   table.caption = "means over the last tenth of the steps; in brackets what unrelated experts score"
   return table
+
+
+def _now(run: RunData, field: str) -> np.ndarray:
+  return run.train[field][-1]
+
+
+def _cell(
+  run: RunData, field: str, layer: int, digits: int, of: Callable[[RunData, str], np.ndarray]
+) -> str:
+  """A number; "?" where the run, of another version, has not logged it."""
+  return "?" if run.lacks(field) else f"{of(run, field)[layer]:.{digits}f}"
+
+
+def _state(run: RunData, layer: int) -> Text:
+  state = Text()
+  for field, style in {"emergency": "bold red", "converged": "green"}.items():
+    if not run.lacks(field) and _now(run, field)[layer]:
+      state.append(f"{field} ", style)
+  return state
 
 
 def _events(run: RunData) -> Panel:

@@ -119,7 +119,7 @@ class ByteTokenizer:
   vocab_size = 257
   end_of_text = 256
   fingerprint = hashlib.sha256(b"bytes 0..255, end of text 256").hexdigest()
-  definition = None
+  definition: str | None = None
 
   def encode(self, documents: Sequence[str]) -> list[np.ndarray]:
     return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in documents]

@@ -1,7 +1,7 @@
 """Figures and the report of real, tiny runs; what figures compute, by hand."""
 
-import html.parser
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,10 +11,10 @@ import pytest
 
 from hgnn_moe_jax import analysis
 from hgnn_moe_jax.analysis import curves, experts, style
+from hgnn_moe_jax.analysis.analyze import analyze
 from hgnn_moe_jax.analysis.runs import read_run
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models.coupling import learned_ties
-from hgnn_moe_jax.training import loop
 
 FIGURES = {
   *("loss", "specialization", "strengths", "emergencies", "correlation", "throughput", "gates"),
@@ -22,58 +22,15 @@ FIGURES = {
 }
 
 
-@pytest.fixture
-def train(tiny_config, tmp_path, shared_programs):
-  """train(folder, **changes) -> folder of a finished tiny run."""
-
-  def go(folder, **changes):
-    loop.train(tiny_config(**changes), tmp_path / folder, quiet=True)
-    return tmp_path / folder
-
-  return go
-
-
-class Page(html.parser.HTMLParser):
-  """Ids, links, images and text of a page; every tag closed."""
-
-  VOID = ("meta", "img")
-
-  def __init__(self, text):
-    super().__init__()
-    self.open, self.ids, self.links, self.images, self.texts = [], [], [], [], []
-    self.feed(text)
-    self.close()
-
-  def handle_starttag(self, tag, attrs):
-    given = dict(attrs)
-    if tag not in self.VOID:
-      self.open.append(tag)
-    if "id" in given:
-      self.ids.append(given["id"])
-    if tag == "a":
-      self.links.append(given["href"])
-    if tag == "img":
-      self.images.append(given)
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    self.texts.append(data)
-
-
-def test_a_report_of_a_run(train):
-  folder = train("run")
+def test_a_report_of_a_run(finished_run, read_page):
+  folder = finished_run
   path = analysis.analyze_adaptive_orthogonality(folder)
   assert path == folder / "analysis" / "report.html"
   for name in FIGURES:
     assert (path.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (path.parent / f"{name}.svg").read_text()
-  page = Page(path.read_text())
-  assert page.open == [] and len(page.images) == len(FIGURES)
-  assert all(i["src"].startswith("data:image/png;base64,") and i["alt"] for i in page.images)
-  assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
-  assert "http" not in path.read_text().replace("http-equiv", ""), "no network"
+  page = read_page(path)
+  assert len(page.images) == len(FIGURES) and "Left out" not in page.texts
   assert "Did the experts specialise beyond chance?" in page.texts
   perplexity = json.loads((folder / "summary.json").read_text())["last"]["token_perplexity"]
   assert f"{perplexity:.2f}" in page.texts
@@ -83,7 +40,7 @@ def test_a_report_of_a_run(train):
   ("changes", "missing"),
   [
     ({"model.num_experts": 1, "orthogonality.weight_strength": 0.0,
-      "orthogonality.output_strength": 0.0}, {"similarity", "couplings"}),
+      "orthogonality.output_strength": 0.0}, FIGURES - {"loss", "throughput"}),
     ({"model.coupler": "mean"}, {"couplings"}),
     ({"model.coupler": "attention"}, {"couplings"}),
     ({"model.coupler": "hypergraph", "model.hyperedges": "all"}, set()),
@@ -97,9 +54,8 @@ def test_every_kind_of_model_has_its_figures(train, changes, missing):
   assert drawn == FIGURES - missing
 
 
-def test_the_same_run_gives_the_same_figures(train, tmp_path):
-  folder = train("run")
-  one, two = (analysis.analyze_adaptive_orthogonality(folder, tmp_path / n) for n in "ab")
+def test_the_same_run_gives_the_same_figures(finished_run, tmp_path):
+  one, two = (analysis.analyze_adaptive_orthogonality(finished_run, tmp_path / n) for n in "ab")
   for name in FIGURES - {"throughput"}:
     assert (one.parent / f"{name}.svg").read_bytes() == (two.parent / f"{name}.svg").read_bytes()
 
@@ -162,32 +118,209 @@ def test_two_approaches(train, tmp_path):
   path = analysis.compare_orthogonality_approaches(runs, tmp_path / "out", baseline="weak")
   table = path.read_text()
   assert "| weak | 2 |" in table and "2 pairs" in table.splitlines()[3]
-  assert {p.suffix for p in path.parent.iterdir()} == {".md", ".csv", ".png", ".svg"}
+  assert {p.suffix for p in path.parent.iterdir()} == {".md", ".csv", ".html", ".png", ".svg"}
 
 
-def command(*words):
-  return subprocess.run(
-    [sys.executable, "-m", "hgnn_moe_jax.analysis", *map(str, words)],
+OLDER = {
+  "emergencies": ["plateau", "converged"],
+  "gates": ["gate_load"],
+  "correlation": ["effective_experts"],
+  "specialization": ["effective_experts"],
+}
+
+
+def test_a_run_of_an_older_version(finished_run, rewrite, read_page):
+  """Fields that it has not logged, one of them logged from some step on, and no chance levels."""
+  lacking = {field for fields in OLDER.values() for field in fields}
+
+  def older(record):
+    if record["kind"] == "train" and record["step"] < 9:
+      record = {k: v for k, v in record.items() if k not in lacking}
+    return {**record, "output_pairs": None} if record["kind"] == "train" else record
+
+  rewrite(finished_run, older)
+  content = json.loads((finished_run / "config.json").read_text())
+  del content["chance"]
+  content["config"]["model"]["flux"] = 3
+  (finished_run / "config.json").write_text(json.dumps(content))
+  report = analyze(read_run(finished_run), finished_run / "analysis", None)
+  drawn = {path.stem for path in report.path.parent.glob("*.png")}
+  assert drawn == FIGURES - set(OLDER) - {"similarity", "couplings"}
+  page = read_page(report.path)
+  assert set(report.left_out) <= set(page.texts) and "Left out" in page.texts
+  assert report.left_out == [
+    "model.flux=3 of config.json is unknown to this version and was passed over",
+    "config.json holds no chance level of weight_specialization, so it is shown without",
+    "config.json holds no chance level of output_specialization, so it is shown without",
+    *(
+      f"{title}: no {fields} in some or all train records; the run is of another version"
+      for title, fields in {
+        "Specialization": "effective_experts",
+        "Timeline": "converged, plateau",
+        "Correlations": "effective_experts",
+        "Gate load": "gate_load",
+      }.items()
+    ),
+    "Similarity of experts, Couplings: the model may be one that this version does not know "
+    "(model.flux); look at it with the version that trained it",
+  ]
+  assert "effective experts" not in page.texts and "output specialization" in page.texts
+
+
+def empty(folder):
+  for path in folder.rglob("*"):
+    if path.is_file():
+      path.unlink()
+
+
+def garble(folder):
+  for path in folder.rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"\x00" * 100)
+
+
+@pytest.mark.parametrize(
+  ("damage", "reason"),
+  [
+    (lambda f: shutil.rmtree(f / "checkpoints"), "no checkpoints there; copy them, too"),
+    (
+      lambda f: [shutil.rmtree(p) for p in (f / "checkpoints").iterdir()],
+      "no checkpoint was saved",
+    ),
+    (lambda f: empty(f / "checkpoints"), "cannot be read"),
+    (lambda f: garble(f / "checkpoints"), "cannot be read"),
+    (lambda f: [empty(p / "state") for p in (f / "checkpoints").iterdir()], "cannot be read"),
+  ],
+  ids=["no folder", "none", "emptied", "garbled", "no arrays"],
+)
+def test_a_checkpoint_missing_or_damaged(finished_run, read_page, damage, reason):
+  damage(finished_run)
+  report = analyze(read_run(finished_run), finished_run / "analysis", None)
+  (line,) = report.left_out
+  assert line.startswith("Similarity of experts, Couplings: ") and reason in line
+  assert line in read_page(report.path).texts
+  assert {p.stem for p in report.path.parent.glob("*.png")} == FIGURES - {"similarity", "couplings"}
+  assert (finished_run / "checkpoints").exists() == ("copy them" not in line), "nothing is made"
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "reason"),
+  [
+    ("path", "/nowhere.txt", "/nowhere.txt"),
+    ("split_seed", 1, "is not the one this run was trained on"),
+    ("tokenizer", "runes", "config.data.tokenizer='runes'"),
+  ],
+)
+def test_a_text_that_is_not_at_hand(finished_run, field, value, reason):
+  content = json.loads((finished_run / "config.json").read_text())
+  content["config"]["data"][field] = value
+  (finished_run / "config.json").write_text(json.dumps(content))
+  report = analyze(read_run(finished_run), finished_run / "analysis", None)
+  (line,) = report.left_out
+  assert line.startswith("Similarity of experts, Couplings: ") and reason in line
+  assert {p.stem for p in report.path.parent.glob("*.png")} == FIGURES - {"similarity", "couplings"}
+
+
+def test_an_unfinished_run_that_was_cut_short(finished_run, read_page):
+  """Killed in the middle of its fifth record: no evaluation yet, and no checkpoint."""
+  (finished_run / "summary.json").unlink()
+  shutil.rmtree(finished_run / "checkpoints")
+  lines = (finished_run / "metrics.jsonl").read_text().splitlines(keepends=True)[:5]
+  (finished_run / "metrics.jsonl").write_text("".join(lines)[:-20])
+  path = analyze(read_run(finished_run), finished_run / "analysis", None).path
+  page = read_page(path)
+  assert f"{finished_run}, seed 42, not finished: step 4 of 12" in page.texts
+  assert "The run is not finished: step 4 of 12." in page.texts and "None yet." in page.texts
+  assert "not evaluated yet" in (path.parent / "loss.svg").read_text()
+
+
+def test_a_run_of_one_step_that_was_not_finite(finished_run, rewrite):
+  """Points are seen where there is no line, and nothing fails on NaN."""
+
+  def diverge(record):
+    if record["kind"] == "event" or record["step"] > 2:
+      return None
+    return {k: _nan(v) if record["step"] == 2 else v for k, v in record.items()}
+
+  rewrite(finished_run, diverge)
+  (finished_run / "summary.json").unlink()
+  shutil.rmtree(finished_run / "checkpoints")
+  report = analyze(read_run(finished_run), finished_run / "analysis", None)
+  assert len(list(report.path.parent.glob("*.png"))) == len(FIGURES) - 2
+  answered = report.path.read_text()
+  assert "Unknown: the last steps measured no finite numbers." in answered
+  assert style.marker(np.array([1.0, np.nan])) == "o" and style.marker(np.arange(2.0)) is None
+
+
+def _nan(value):
+  if isinstance(value, list):
+    return [_nan(v) for v in value]
+  return "nan" if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize(("layers", "shape"), [(1, (2, 1)), (4, (2, 4)), (6, (4, 4))])
+def test_layers_wrap_after_four(tmp_path, layers, shape):
+  """Of six layers and two kinds: layers 0 to 3 of both, then 4 and 5 of both; the rest is off."""
+  with style.layer_panels(2, layers, tmp_path / "f.png", 3.0, 1.0) as (figure, axes_KL):
+    assert axes_KL.shape == (2, layers)
+    places = [[panel.get_subplotspec() for panel in axes_L] for axes_L in axes_KL]
+    assert places[0][0].get_gridspec().get_geometry() == shape
+    for kind in range(2):
+      for layer in range(layers):
+        spec = places[kind][layer]
+        assert (spec.rowspan.start, spec.colspan.start) == (2 * (layer // 4) + kind, layer % 4)
+    unused = [axes for axes in figure.axes if axes not in axes_KL.ravel()]
+    assert not any(axes.axison for axes in unused) and len(unused) == np.prod(shape) - 2 * layers
+    assert figure.get_figwidth() == max(6.0, 3.0 * shape[1])
+
+
+def command(*words, module="hgnn_moe_jax.analysis"):
+  done = subprocess.run(
+    [sys.executable, "-m", module, *map(str, words)], capture_output=True, text=True
+  )
+  assert "Traceback" not in done.stderr, done.stderr
+  return done
+
+
+def test_the_command(finished_run):
+  done = command(finished_run, f"--baseline={finished_run}")
+  page = finished_run / "analysis" / "report.html"
+  assert (done.returncode, done.stdout, done.stderr) == (0, f"{page}\n", "")
+  assert "(+0.0 %)" in page.read_text()
+
+
+def test_one_run_that_cannot_be_read_does_not_stop_the_others(finished_run, tmp_path):
+  """What was left out, and what could not be done, is told in a line each."""
+  shutil.rmtree(finished_run / "checkpoints")
+  other, nowhere = shutil.copytree(finished_run, tmp_path / "other"), tmp_path / "nowhere"
+  done = command(finished_run, nowhere, other)
+  pages = [folder / "analysis" / "report.html" for folder in (finished_run, other)]
+  assert done.returncode == 2
+  assert done.stdout.splitlines() == list(map(str, pages)) and all(p.exists() for p in pages)
+  missing = "Similarity of experts, Couplings: no checkpoints there; copy them, too, or let the run"
+  assert done.stderr.splitlines() == [
+    f"left out: {finished_run}: {missing} go on",
+    f"error: {nowhere}: no such folder; give that of a run, such as runs/quickstart",
+    f"left out: {other}: {missing} go on",
+  ]
+  shutil.rmtree(finished_run / "analysis")
+  (finished_run / "analysis").write_text("")
+  for words, line in {
+    (): "error: give the folder of a run: python -m hgnn_moe_jax.analysis runs/quickstart",
+    (other, f"--baseline={nowhere}"): f"error: {nowhere}: no such folder",
+    (finished_run,): f"error: {finished_run}/analysis: cannot be written to",
+  }.items():
+    refused = command(*words)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith(line) and len(refused.stderr.splitlines()) == 1
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path):
+  hide = "import sys; sys.modules['matplotlib'] = None; from hgnn_moe_jax.analysis.__main__ import "
+  done = subprocess.run(
+    [sys.executable, "-c", f"{hide}main; main()", str(tmp_path), str(tmp_path)],
     capture_output=True,
     text=True,
   )
-
-
-def test_the_command_and_its_refusals(train, tmp_path):
-  folder = train("run")
-  done = command(folder, f"--baseline={folder}")
-  assert (done.returncode, done.stdout) == (0, f"{folder}/analysis/report.html\n"), done.stderr
-  assert "(+0.0 %)" in (folder / "analysis" / "report.html").read_text()
-  nothing, nowhere = command(), command(tmp_path / "nowhere")
-  assert nothing.returncode == nowhere.returncode == 2
-  assert nothing.stderr.startswith("error: give the folder of a run")
-  assert "no config.json there" in nowhere.stderr and len(nowhere.stderr.splitlines()) == 1
-
-
-def test_without_matplotlib_the_extra_is_named(train):
-  folder = train("run")
-  hide = "import sys; sys.modules['matplotlib'] = None; from hgnn_moe_jax.analysis.__main__ import "
-  done = subprocess.run(
-    [sys.executable, "-c", f"{hide}main; main()", str(folder)], capture_output=True, text=True
-  )
   assert done.returncode == 2 and "pip install 'hgnn_moe_jax[analysis]'" in done.stderr
+  assert len(done.stderr.splitlines()) == 1

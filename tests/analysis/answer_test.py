@@ -28,10 +28,8 @@ def make(write_run):
   """make(folder, score, ...) -> RunData of 20 steps; chance: 0.8 for outputs, 0.99 for weights."""
 
   def build(folder, score, strength=0.0, events=(), last=LAST, loss=3.0, steps=20, **changes):
-    path = write_run(folder, [step(score, strength)] * steps, events, last, **changes)
-    with open(path / "metrics.jsonl", "a") as file:
-      file.write(f'{{"kind": "eval", "step": {steps}, "split": "validation", "loss": {loss}}}\n')
-    run = read_run(path)
+    records = [step(score, strength)] * steps
+    run = read_run(write_run(folder, records, events, last, evaluations=[(steps, loss)], **changes))
     return run if last is None else run._replace(summary={**run.summary, **SUMMARY})
 
   return build
@@ -111,3 +109,35 @@ def test_next(make):
   assert "too weak" in told(weak)[4]
   assert "without penalties" in told(done)[4]
   assert "analysis.compare" in told(done, weak)[4]
+
+
+def test_what_another_version_has_not_logged_is_unknown(make):
+  whole = make("run", [0.85, 0.9], 0.1)
+  run = whole._replace(train={k: whole.train[k] for k in ("step", "lm_loss")})
+  specialised, _, controller, _, advice = told(run)
+  assert specialised.startswith(
+    "Unknown: no output_specialization, weight_specialization, effective"
+  )
+  assert controller.startswith("Unknown: no weight_strength, output_strength in some or all train")
+  assert advice.startswith("Train it again with this version")
+
+
+def test_without_chance_levels_nothing_is_beyond_them(make):
+  run = make("run", [0.85, 0.9])._replace(chance={"weight_specialization": 0.99})
+  specialised, *_, advice = told(run)
+  assert specialised == "Unknown: config.json holds no chance level of output_specialization."
+  assert advice.startswith("Train it again with this version")
+
+
+def test_a_summary_of_another_version(make):
+  run = make("run", [0.5, 0.9])
+  del run.summary["unigram_perplexity"], run.summary["device"]
+  assert (
+    told(run)[1] == "Unknown: summary.json, of another version, has no device, unigram_perplexity."
+  )
+
+
+def test_a_run_that_stopped_because_it_was_not_finite(make):
+  lines = told(make("run", ["nan", 0.9], events=[{"step": 20, "name": "non_finite"}], last=None))
+  assert lines[0] == "Unknown: the last steps measured no finite numbers."
+  assert lines[4].startswith("Start anew in another folder with a lower training.learning_rate")

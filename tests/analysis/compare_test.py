@@ -1,7 +1,8 @@
-"""Statistics by hand, and runs that must not be compared."""
+"""Runs that must not be compared, and what the command writes about those that can."""
 
-import csv
-import math
+import json
+import subprocess
+import sys
 
 import pytest
 
@@ -13,106 +14,22 @@ STEP = {
   "weight_specialization": [0.9, 0.8],
   "output_specialization": [0.5, 0.25],
   "effective_experts": [3.0, 2.0],
-  "weight_strength": [0.1, 0.1],
-  "output_strength": [0.0, 0.0],
 }
+LAST = {"token_perplexity": 1.0, "word_perplexity": 1.0}
 
 
 def group(runs):
   return compare.group_runs([(run.config.name, run) for run in runs])
 
 
-@pytest.fixture
-def groups(write_run):
-  """Two groups, "a" of seeds 0 to 2 and "b" of seeds 0 and 1; perplexities as in the tests."""
-  perplexities = {"a": [10.0, 12.0, 14.0], "b": [11.0, 15.0]}
-  runs = []
-  for name, values in perplexities.items():
-    for seed, value in enumerate(values):
-      last = {"token_perplexity": value, "word_perplexity": 10 * value}
-      strength = 0.1 if name == "a" else 0.2
-      changes = {"name": name, "seed": seed, "orthogonality.weight_strength": strength}
-      runs.append(read_run(write_run(f"{name}-{seed}", [STEP] * 20, (), last, **changes)))
-  return group(runs[::-1])
-
-
-def test_intervals_by_hand():
-  """n = 3: s = 2, t(0.975, 2) = 4.302653; n = 1 has no width."""
-  mean, half_width = compare.interval([10.0, 12.0, 14.0])
-  assert mean == 12.0 and half_width == pytest.approx(4.302653 * 2.0 / math.sqrt(3.0))
-  mean, half_width = compare.interval([3.0])
-  assert mean == 3.0 and math.isnan(half_width)
-
-
-def test_paired_difference_by_hand():
-  """Differences 1, 2, 3: mean 2, s = 1, t = 2 sqrt(3) with 2 degrees of freedom.
-
-  For two degrees of freedom P(|T| > t) = 1 - t / sqrt(2 + t^2).
-  """
-  d = compare.paired_difference({1: 11.0, 2: 14.0, 3: 17.0, 9: 0.0}, {1: 10.0, 2: 12.0, 3: 14.0})
-  t = 2.0 * math.sqrt(3.0)
-  assert (d.seeds, d.mean) == (3, 2.0)
-  assert d.half_width == pytest.approx(4.302653 / math.sqrt(3.0))
-  assert d.p == pytest.approx(1.0 - t / math.sqrt(2.0 + t * t))
-
-
-def test_pairing_removes_what_seeds_share():
-  """Seeds differ by 100, the groups by about 1: unpaired, nothing could be seen."""
-  d = compare.paired_difference({0: 1.0, 1: 101.1, 2: 201.2}, {0: 0.0, 1: 100.0, 2: 200.0})
-  assert d.mean == pytest.approx(1.1) and d.p < 0.01
-
-
-@pytest.mark.parametrize(("shift", "p"), [(0.0, 1.0), (2.0, 0.0)])
-def test_equal_differences(shift, p):
-  d = compare.paired_difference({0: 1.0 + shift, 1: 2.0 + shift}, {0: 1.0, 1: 2.0})
-  assert d == compare.Difference(2, shift, 0.0, p)
-
-
-def test_one_pair_has_no_test():
-  d = compare.paired_difference({0: 3.0}, {0: 1.0, 1: 5.0})
-  assert (d.seeds, d.mean) == (1, 2.0) and math.isnan(d.p) and math.isnan(d.half_width)
-
-
-def test_no_common_seed():
-  with pytest.raises(UserError, match="no seed in common"):
-    compare.paired_difference({0: 1.0}, {1: 1.0})
-
-
-def test_rows(groups):
+def test_groups_are_named_and_seeds_in_order(groups):
   assert list(groups) == ["b", "a"] and [r.config.seed for r in groups["a"]] == [0, 1, 2]
-  b, a = compare.compare(groups, "a")
-  assert a.perplexity.mean == 12.0 and a.word_perplexity.mean == 120.0 and a.difference is None
-  assert b.seeds == [0, 1] and b.difference.mean == 2.0 and b.difference.seeds == 2
-  assert a.weight_specialization == pytest.approx([0.9, 0.8])
-  assert a.effective_experts == pytest.approx([3.0, 2.0])
-
-
-def test_scores_are_those_of_the_last_tenth(write_run):
-  train = [STEP] * 18 + [{**STEP, "effective_experts": [1.0, 4.0]}] * 2
-  last = {"token_perplexity": 1.0, "word_perplexity": 1.0}
-  run = read_run(write_run("run", train, (), last))
-  (row,) = compare.compare(group([run]))
-  assert row.effective_experts == [1.0, 4.0]
-
-
-def test_tables(groups):
-  rows = compare.compare(groups, "a")
-  text = compare.markdown(rows, {"weight_specialization": 0.99, "output_specialization": 0.8})
-  assert "chance 0.9900" in text and "chance 0.800" in text
-  assert "| a | 3 | 12.00 ± 4.97 |  | 120.0 ± 49.7 | 0.9000 / 0.8000 |" in text
-  assert "| b | 2 | 13.00 ± 25.41 | +2.00 ± 12.71 (p = 0.3, 2 pairs) |" in text
-  table = {row["group"]: row for row in csv.DictReader(compare.as_csv(rows).splitlines())}
-  assert float(table["b"]["difference_mean"]) == 2.0 and table["a"]["difference_mean"] == ""
-  assert float(table["a"]["output_specialization_layer1"]) == pytest.approx(0.25)
-
-
-LAST = {"token_perplexity": 1.0, "word_perplexity": 1.0}
 
 
 @pytest.mark.parametrize(
   ("second", "message"),
   [
-    ({"last": None}, "not finished"),
+    ({"last": None}, "not finished; continue it or leave it out"),
     ({"fingerprint": "other"}, "cannot be compared with .*: text other and text"),
     ({"train": [STEP] * 3}, "steps 3 and 2"),
     ({"model.num_layers": 3}, "layers 3 and 2"),
@@ -128,14 +45,109 @@ def test_runs_that_cannot_be_compared(write_run, second, message):
   assert "two" in str(error.value)
 
 
+def with_config(folder, field, value):
+  """The run with one more field in the model of its config."""
+  content = json.loads((folder / "config.json").read_text())
+  content["config"]["model"][field] = value
+  (folder / "config.json").write_text(json.dumps(content))
+  return read_run(folder)
+
+
+def test_unknown_fields_are_part_of_the_meaning(write_run):
+  one, two, three = (write_run(n, [STEP], (), LAST, seed=s) for s, n in enumerate("abc"))
+  runs = [with_config(one, "flux", 1), with_config(two, "flux", 1)]
+  assert len(group(runs)["tiny"]) == 2
+  with pytest.raises(UserError, match="differ in more than the seed"):
+    group([*runs, with_config(three, "flux", 2)])
+
+
 def test_what_does_not_decide_the_result_may_differ(write_run):
   first = write_run("one", [STEP], (), LAST, seed=0)
   second = write_run("two", [STEP], (), LAST, **{"seed": 1, "training.steps_per_dispatch": 5})
   assert len(group([read_run(first), read_run(second)])["tiny"]) == 2
 
 
-def test_nothing_to_compare_and_unknown_baseline(groups):
+def test_nothing_to_compare():
   with pytest.raises(UserError, match="nothing to compare"):
     group([])
-  with pytest.raises(UserError, match="--baseline=c: no such group; use one of b, a"):
-    compare.compare(groups, "c")
+
+
+FILES = {f"comparison.{ending}" for ending in ("html", "md", "csv", "png", "svg")}
+CURVES = {"comparison_curves.png", "comparison_curves.svg"}
+
+
+def test_the_page_holds_everything(groups, tmp_path, read_page):
+  path = compare.write(groups, tmp_path / "out", "a")
+  assert {p.name for p in path.parent.iterdir()} == FILES | CURVES
+  page = read_page(path.with_suffix(".html"))
+  assert len(page.images) == 2
+  anchors = {"tables", "comparison_curves", "comparison", "method", "runs"}
+  assert anchors == set(page.ids) == {link.removeprefix("#") for link in page.links}
+  text = " ".join(page.texts)
+  for said in ("not distinguishable from zero: b +2.00 (p = 0.3)", "paired t-test", "Student's t",
+               "No p-value is corrected", "+2.00 ± 12.71 (p = 0.3, 2 pairs)", "12.00 ± 4.97",
+               "token perplexity after 20 s"):  # fmt: skip
+    assert said in text
+  assert "Left out" not in text
+
+
+def test_it_leaves_out_what_a_run_has_not_logged(groups, tmp_path, read_page):
+  first = groups["b"][0]
+  for field in ("weight_strength", "weight_specialization", "tokens_per_second"):
+    del first.train[field]
+  run = first._replace(unknown={"model.flux": 3})
+  path = compare.write({**groups, "b": [run, *groups["b"][1:]]}, tmp_path / "out", "a")
+  told = compare.left_out({**groups, "b": [run, *groups["b"][1:]]})
+  assert [line.split(":")[0] for line in told] == [
+    *(str(run.folder), "Equal time", "Weight specialization", "Strength of the weight penalty")
+  ]
+  assert "model.flux=3" in told[0] and "no tokens_per_second in some or all" in told[1]
+  page = read_page(path.with_suffix(".html"))
+  assert set(told) <= set(page.texts) and len(page.images) == 2
+  text = (path.parent / "comparison.svg").read_text()
+  assert "output" in text and "weight penalty" not in text
+
+
+def test_nothing_logged_no_figure(groups, tmp_path, read_page):
+  for run in groups["a"]:
+    run.train.pop("weight_specialization")
+    run.train.pop("output_specialization")
+    run.train.pop("weight_strength")
+  path = compare.write(groups, tmp_path / "out")
+  drawn = {p.name for p in path.parent.iterdir()}
+  assert drawn == (FILES | CURVES) - {"comparison.png", "comparison.svg"}
+  assert len(read_page(path.with_suffix(".html")).images) == 1
+
+
+def test_an_output_that_cannot_be(groups, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="file: cannot be written to; choose another"):
+    compare.write(groups, tmp_path / "file")
+
+
+def command(*words):
+  done = subprocess.run(
+    [sys.executable, "-m", "hgnn_moe_jax.analysis.compare", *map(str, words)],
+    capture_output=True,
+    text=True,
+  )
+  assert "Traceback" not in done.stderr, done.stderr
+  return done
+
+
+def test_the_command(groups, tmp_path):
+  folders = [run.folder for runs in groups.values() for run in runs]
+  output = f"--output={tmp_path / 'out'}"
+  with_config(folders[0], "flux", 1), with_config(folders[1], "flux", 1)
+  done = command(*folders, output, "--baseline=a")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == (tmp_path / "out" / "comparison.md").read_text()
+  oddity = "model.flux=1 of config.json is unknown to this version and was passed over"
+  assert done.stderr.splitlines() == [
+    f"left out: {folder}: {oddity}" for folder in sorted(folders[:2])
+  ]
+  (folders[0] / "summary.json").unlink()
+  refused = command(*folders, output)
+  assert refused.returncode == 2 and refused.stdout == ""
+  (line,) = refused.stderr.splitlines()
+  assert line == f"error: {folders[0]}: the run is not finished; continue it or leave it out"

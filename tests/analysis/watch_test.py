@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ STEP = {
   **{"effective_experts": [2.5, 1.5], "weight_strength": [0.1, 0.2], "output_strength": [0, 0]},
   **{"emergency": [False, True], "converged": [True, False]},
 }
+
+
+LAST = {"token_perplexity": 9.0, "word_perplexity": 99.0}
 
 
 @pytest.mark.parametrize(
@@ -57,21 +61,35 @@ def test_view(write_run):
 
 
 def test_an_evaluation_and_the_end_are_told(write_run):
-  folder = write_run("run", [STEP] * 100, (), {"token_perplexity": 9.0})
-  summary = json.loads((folder / "summary.json").read_text())
-  (folder / "summary.json").write_text(json.dumps({**summary, "train_seconds": 77.4}))
-  record = {"kind": "eval", "step": 50, "split": "validation", "token_perplexity": 12.345}
-  with open(folder / "metrics.jsonl", "a") as file:
-    file.write(json.dumps({**record, "word_perplexity": 99.0}) + "\n")
+  folder = write_run("run", [STEP] * 100, (), LAST, evaluations=[(50, 2.5)], seconds=77.4)
   text = shown(read_run(folder))
   assert "100%" in text and "finished in 77 s" in text
-  assert "validation at step 50: token perplexity 12.35, word perplexity 99.0" in text
+  assert "validation at step 50: token perplexity 12.18, word perplexity 148.4" in text
+
+
+def test_what_another_version_has_not_logged(write_run):
+  """Numbers that are there stay, others are a question mark."""
+  kept = ("output_specialization", "grad_norm", "emergency")
+  folder = write_run("run", [{field: STEP[field] for field in kept}] * 10)
+  content = json.loads((folder / "config.json").read_text())
+  del content["chance"]
+  (folder / "config.json").write_text(json.dumps(content))
+  text = shown(read_run(folder))
+  rows = [line for line in text.splitlines() if "of 3" in line]
+  assert "0.250" in rows[1] and "emergency" in rows[1] and rows[1].count("?") == 4
+  assert "step 10/100" in text and "grad" in text and "tokens/s" not in text and "left" not in text
+
+
+def test_a_run_that_stopped_because_it_was_not_finite(write_run):
+  """It shows what was measured, and no time that is left."""
+  records = [STEP, {**STEP, "lm_loss": "nan", "output_specialization": ["nan", 0.25]}]
+  text = shown(read_run(write_run("run", records, [{"step": 2, "name": "non_finite"}])))
+  assert "stopped: not finite" in text and "left at this speed" not in text and "nan" in text
 
 
 def test_it_watches_until_the_run_is_finished(write_run, monkeypatch):
   folder = write_run("run", [STEP] * 10)
-  whole = write_run("whole", [STEP] * 100, (), {"token_perplexity": 9.0})
-  (whole / "summary.json").write_text('{"train_seconds": 1.0}')
+  whole = write_run("whole", [STEP] * 100, (), LAST)
   naps = []
 
   def sleep(seconds):
@@ -94,3 +112,23 @@ def test_no_terminal_no_waiting(write_run, monkeypatch):
   console = Console(file=io.StringIO(), width=100)
   watch.watch(write_run("run", [STEP] * 10), console)
   assert "step 10/100" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+  ("damage", "line"),
+  [
+    (lambda f: shutil.rmtree(f), "no such folder; give that of a run, such as runs/quickstart"),
+    (lambda f: [p.unlink() for p in f.iterdir()], "no config.json there; give the folder of a run"),
+    (lambda f: (f / "metrics.jsonl").write_text("{\n{}\n"), "line 1 is damaged; restore the file"),
+  ],
+)
+def test_bad_input_is_one_line(write_run, monkeypatch, capsys, damage, line):
+  folder = write_run("run", [STEP] * 10)
+  damage(folder)
+  monkeypatch.setattr(sys, "argv", ["watch", str(folder)])
+  with pytest.raises(SystemExit) as stopped:
+    watch.main()
+  told = capsys.readouterr()
+  assert stopped.value.code == 2 and told.out == ""
+  assert told.err.startswith(f"error: {folder}") and line in told.err
+  assert len(told.err.splitlines()) == 1

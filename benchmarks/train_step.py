@@ -1,0 +1,228 @@
+"""How fast training runs, and how near to what the device can multiply.
+
+python -m benchmarks.train_step --shape=small --coupler=graph --out=FILE
+python -m benchmarks.train_step --shape=small,original --coupler=graph,hypergraph
+python -m benchmarks.train_step --shape=small --sweep=model.num_experts=1,2,4,8
+
+A measurement is the training loop's own compiled dispatch, on random tokens: data on the device,
+penalties, controller and optimizer included. Its rate is compared with that of one large matrix
+product, timed in turn with it in the same process: float32 on CPU, bfloat16 on an accelerator.
+
+utilization = matmul_flops_per_second / peak_flops_per_second, where matmul_flops_per_second counts
+three times the forward pass's matrix products (of the model alone) per step, as is usual: the
+backward pass multiplies twice as much. Recomputation and penalties are work, but count as none.
+"""
+
+import functools
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
+
+from benchmarks.flops import matmul_flops
+from benchmarks.overhead import step_with
+from hgnn_moe_jax import cli
+from hgnn_moe_jax.config import Config, with_fields
+from hgnn_moe_jax.data.examples import place, stream_examples
+from hgnn_moe_jax.errors import UserError
+from hgnn_moe_jax.models import language_model
+from hgnn_moe_jax.sweep import parse_grid
+from hgnn_moe_jax.training.records import environment, write_json
+from hgnn_moe_jax.training.step import Feed, as_count, make_dispatch
+
+_EVERYWHERE = {
+  "training.steps": 1000,
+  "model.dropout": 0.0,
+  "adaptive.controller": "adaptive",
+  "adaptive.signal": "output",
+  "adaptive.objective": "both",
+}
+
+
+def _shape(D: int, L: int, E: int, B: int, T: int, heads: int) -> dict[str, Any]:
+  return {
+    "model.embed_dim": D,
+    "model.num_layers": L,
+    "model.num_experts": E,
+    "model.num_heads": heads,
+    "model.max_length": T,
+    "training.batch_size": B,
+  }
+
+
+# Name -> (fields, vocabulary).
+SHAPES: dict[str, tuple[dict[str, Any], int]] = {
+  "tiny": (_shape(16, 2, 3, 4, 16, 2), 64),
+  "small": (_shape(128, 2, 4, 32, 128, 4), 8192),
+  "original": ({**_shape(256, 4, 4, 32, 128, 4), "model.dropout": 0.1}, 50257),
+  "d384": (_shape(384, 4, 4, 64, 128, 6), 50257),
+  "large": (_shape(1024, 12, 8, 8, 1024, 8), 50257),
+}
+COUPLERS = {
+  "graph": {"model.coupler": "graph"},
+  "hypergraph": {"model.coupler": "hypergraph", "model.hyperedges": "triplets"},
+  "mean": {"model.coupler": "mean"},
+}
+_PEAK_SIZE = {"cpu": 2048}
+_PEAK_SIZE_ACCELERATOR = 8192
+
+
+def forward_flops(config: Config, vocab_size: int) -> int:
+  """Operations of the matrix products of a forward pass over one batch, loss included.
+
+  Traced in float32, where attention is written out and not a kernel that cannot be looked into.
+  """
+  model_config = with_fields(config, {"model.compute_dtype": "float32"}).model
+  model = language_model.build(model_config, vocab_size, measure=lambda updates, weights: ())
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  shape = (config.training.batch_size, config.model.max_length)
+  ids, ones = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
+
+  def forward(params, inputs_BT, targets_BT, weights_BT):
+    x_BTD, _ = model.features(params, inputs_BT, weights_BT, None)
+    return model.loss(params, x_BTD, targets_BT, weights_BT)
+
+  return matmul_flops(forward, params, ids, ids, ones)
+
+
+def peak_product() -> tuple[Callable[[], Any], int]:
+  """A call that multiplies two large square matrices, and its operations."""
+  cpu = jax.default_backend() == "cpu"
+  size = _PEAK_SIZE.get(jax.default_backend(), _PEAK_SIZE_ACCELERATOR)
+  keys = jax.random.split(jax.random.key(0))
+  dtype = jnp.float32 if cpu else jnp.bfloat16
+  a, b = (jax.random.normal(key, (size, size), dtype) for key in keys)
+  return functools.partial(jax.jit(jnp.matmul), a, b), 2 * size**3
+
+
+def timed(call: Callable[[], Any]) -> float:
+  started = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - started
+
+
+def compile_seconds(lowered: Callable[[], Any]) -> tuple[Any, float, float]:
+  """The compiled program, and seconds without and with the persistent cache."""
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: getattr(jax.config, name) for name in names}
+  with tempfile.TemporaryDirectory() as folder:
+    jax.config.update(names[0], folder)
+    jax.config.update(names[1], 0.0)
+    compilation_cache.reset_cache()  # It would keep to the folder of its first use.
+    seconds = []
+    for _ in range(2):
+      jax.clear_caches()
+      program = lowered()
+      started = time.perf_counter()
+      compiled = program.compile()
+      seconds.append(time.perf_counter() - started)
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  return compiled, seconds[0], seconds[1]
+
+
+def measure(config: Config, vocab_size: int, rounds: int) -> dict[str, Any]:
+  """One measurement; times are medians over rounds, ratios medians of the ratios in a round."""
+  T, B, K = (
+    config.model.max_length,
+    config.training.batch_size,
+    config.training.steps_per_dispatch,
+  )
+  step, state = step_with(config, vocab_size)
+  tokens = np.random.default_rng(0).integers(0, vocab_size, 4 * B * T + 1).astype(np.int32)
+  examples, _ = place(stream_examples(tokens, T), "device")
+  rows_KB = np.arange(K * B, dtype=np.int32).reshape(K, B) % examples.num_examples
+  feed = Feed(examples, rows_KB, None)
+  dispatch = make_dispatch(step, K, T, 0)
+  compiled, cold, cached = compile_seconds(lambda: dispatch.lower(state, feed, as_count(1)))
+  product, product_flops = peak_product()
+  jax.block_until_ready(product())
+  state, _ = compiled(state, feed, as_count(1))
+  jax.block_until_ready(state)
+  seconds, peaks = [], []
+  for _ in range(rounds):
+    peaks.append(product_flops / min(timed(product) for _ in range(3)))
+    started = time.perf_counter()
+    state, records = compiled(state, feed, as_count(K))
+    jax.block_until_ready((state, records))
+    seconds.append((time.perf_counter() - started) / K)
+  step_flops = 3 * forward_flops(config, vocab_size)
+  middle = float(np.median(seconds))
+  return {
+    "seconds_per_step": middle,
+    "tokens_per_second": B * T / middle,
+    "matmul_flops": step_flops,
+    "matmul_flops_per_second": step_flops / middle,
+    "peak_flops_per_second": float(np.median(peaks)),
+    "utilization": float(np.median(step_flops / np.multiply(seconds, peaks))),
+    "peak_memory_bytes": _memory(compiled),
+    "compile_seconds": cold,
+    "compile_seconds_cached": cached,
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+  }
+
+
+def _memory(compiled: Any) -> int:
+  """Peak memory of the program in bytes, by XLA's own plan of its buffers."""
+  m = compiled.memory_analysis()
+  return int(
+    m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+  )
+
+
+def table(results: list[dict[str, Any]]) -> str:
+  lines = [
+    "| shape | coupler | sweep | ms per step | tokens/s | GFLOP/s | of peak | memory, MB "
+    "| compile, s (cached) |",
+    "|---|---|---|---|---|---|---|---|---|",
+  ]
+  for r in results:
+    lines.append(
+      f"| {r['shape']} | {r['coupler']} | {r['sweep']} | {1000 * r['seconds_per_step']:.1f} "
+      f"| {r['tokens_per_second']:,.0f} | {r['matmul_flops_per_second'] / 1e9:,.1f} "
+      f"| {r['utilization']:.1%} | {r['peak_memory_bytes'] / 1e6:,.0f} "
+      f"| {r['compile_seconds']:.1f} ({r['compile_seconds_cached']:.1f}) |"
+    )
+  return "\n".join(lines)
+
+
+def main() -> None:
+  """The command."""
+  shapes = flags.DEFINE_list("shape", ["small"], f"Of {', '.join(SHAPES)}.")
+  couplers = flags.DEFINE_list("coupler", ["graph"], f"Of {', '.join(COUPLERS)}.")
+  sweep = flags.DEFINE_string("sweep", None, "FIELD=VALUE,VALUE,...: one measurement each.")
+  rounds = flags.DEFINE_integer("rounds", 5, "Timed dispatches.", 3)
+  out = flags.DEFINE_string("out", None, "JSON file for the result.")
+
+  def run(argv: list[str]) -> None:
+    cli.refuse_words(argv)
+    for flag, known in ((shapes, SHAPES), (couplers, COUPLERS)):
+      if unknown := [name for name in flag.value if name not in known]:
+        raise UserError(f"--{flag.name}={unknown[0]}: use some of {','.join(known)}")
+    results = []
+    for shape in shapes.value:
+      fields, vocab_size = SHAPES[shape]
+      for coupler in couplers.value:
+        base = with_fields(Config(name=shape), {**_EVERYWHERE, **fields, **COUPLERS[coupler]})
+        for cell in parse_grid([sweep.value] if sweep.value else [], base):
+          config = with_fields(base, cell.values).validate()
+          named = {"shape": shape, "coupler": coupler, "sweep": cell.name if cell.values else ""}
+          results.append({**named, **measure(config, vocab_size, rounds.value)})
+          print(table(results[-1:]).splitlines()[-1], flush=True)
+    print(table(results))
+    if out.value:
+      write_json(pathlib.Path(out.value), {**environment(), "measurements": results})
+
+  cli.start(run)
+
+
+if __name__ == "__main__":
+  main()

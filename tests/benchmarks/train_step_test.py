@@ -1,0 +1,95 @@
+"""The benchmark of training steps: operations counted by hand, measurements that are complete."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from benchmarks import train_step
+from benchmarks.flops import matmul_flops
+from hgnn_moe_jax.config import Config, with_fields
+
+
+@pytest.fixture(autouse=True)
+def _optax_promotes():
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+def test_products_are_counted_wherever_they_stand():
+  a, b = jnp.ones((4, 5)), jnp.ones((5, 5))
+  once = 2 * 4 * 5 * 5
+  assert matmul_flops(jnp.matmul, a, b) == once
+  assert matmul_flops(jax.jit(lambda a, b: jnp.tanh(a @ b) + a @ b), a, b) == 2 * once
+  turns = lambda a, b: jax.lax.scan(lambda c, _: (c @ b, None), a, None, length=3)[0]  # noqa: E731
+  assert matmul_flops(jax.checkpoint(turns), a, b) == 3 * once
+  branches = lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: a)  # noqa: E731
+  assert matmul_flops(branches, a, b) == once
+  batched = lambda a, b: jnp.einsum("bij,bjk->bik", a[None], b[None])  # noqa: E731
+  assert matmul_flops(batched, a, b) == once
+  assert matmul_flops(jnp.add, a, a) == 0
+
+
+def test_a_loop_of_unknown_length_is_refused():
+  loop = lambda a: jax.lax.while_loop(lambda c: c[0, 0] < 9, lambda c: c @ c, a)  # noqa: E731
+  with pytest.raises(ValueError, match="unknown length"):
+    matmul_flops(loop, jnp.ones((2, 2)))
+
+
+def test_the_forward_pass_by_hand():
+  """D 16, L 2, E 3, B 4, T 16, V 64, without messages: every product of the model, and no other."""
+  fields, V = train_step.SHAPES["tiny"]
+  config = with_fields(Config(), {**fields, "model.coupler": "mean", "training.steps": 1})
+  D, L, E, tokens, T = 16, 2, 3, 4 * 16, 16
+  block = 12 * D * D  # queries, keys, values; output; FFN of four times the width
+  attention = 2 * T * D  # scores and mixing, the masked half included
+  spread = D  # x for every expert, written as a product
+  pooled = D  # their mean, written as a product
+  per_layer = tokens * E * (block + attention + spread + pooled)
+  # Gains and biases of the norms, folded into the kernels: once per step, not per token.
+  folded = E * (3 * D * D + 4 * D * D)
+  # Equal gates, averaged over tokens for Aux: in each layer and, since they depend on none, once
+  # more outside of the loop.
+  gates = (L + 1) * tokens * E
+  head = tokens * D * V
+  wanted = 2 * (L * (per_layer + folded) + gates + head)
+  assert train_step.forward_flops(config, V) == wanted
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+  """command(*arguments) -> status, stdout, stderr."""
+
+  def run(*arguments):
+    monkeypatch.setattr(sys, "argv", ["train_step", *arguments])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
+      train_step.main()
+    return (stopped.value.code or 0, *capsys.readouterr())
+
+  cache = jax.config.jax_compilation_cache_dir
+  yield run
+  assert jax.config.jax_compilation_cache_dir == cache
+  flags.FLAGS.unparse_flags()
+
+
+def test_a_measurement(command, tmp_path):
+  out = tmp_path / "result.json"
+  status, printed, _ = command("--shape=tiny", "--rounds=3", f"--out={out}")
+  assert status == 0
+  result = json.loads(out.read_text())
+  (one,) = result["measurements"]
+  assert f"| tiny | graph |  | {1000 * one['seconds_per_step']:.1f} |" in printed
+  tokens = 4 * 16
+  assert one["tokens_per_second"] * one["seconds_per_step"] == pytest.approx(tokens)
+  assert one["matmul_flops_per_second"] * one["seconds_per_step"] == pytest.approx(
+    one["matmul_flops"]
+  )
+  assert 0.0 < one["utilization"] < 1.0
+  # A medium-sized state, and at least what parameters and two moments take.
+  assert one["peak_memory_bytes"] > 3 * 4 * one["parameters"]
+  assert one["compile_seconds_cached"] < one["compile_seconds"]
+  assert result["device"]["platform"] == "cpu"
