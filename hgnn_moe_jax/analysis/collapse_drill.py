@@ -42,6 +42,7 @@ _BEFORE, _MOMENT = 50, 10
 _SMALL = {
   **{"model.embed_dim": 32, "model.num_layers": 2, "model.num_heads": 2, "model.max_length": 32},
   **{"data.vocab_size": 512, "training.batch_size": 8, "training.steps_per_dispatch": 100},
+  **{"evaluation.every": 2500},
 }
 
 
@@ -196,15 +197,11 @@ def main() -> None:
 
   def run(argv: list[str]) -> None:
     cli.refuse_words(argv)
-    from hgnn_moe_jax.analysis import (
-      figures,
-    )  # Early: a missing matplotlib is told before training.
+    # Early: a missing matplotlib is told before training.
+    from hgnn_moe_jax.analysis import figures
 
-    config, workdir, arms = (
-      cli.validated(given_config.value),
-      pathlib.Path(folder.value),
-      given_arms.value,
-    )
+    config, workdir = cli.validated(given_config.value), pathlib.Path(folder.value)
+    arms = given_arms.value
     outcomes = drill(config, workdir, arms, fault_step.value, noise.value)
     healthy = [
       false_alarms(config, workdir, arm, healthy_steps.value)
