@@ -139,7 +139,7 @@ def _record(line: str) -> dict[str, Any] | None:
   try:
     record = _numbers(json.loads(line))
     return record if _has(record, _FIELDS.get(record["kind"], ())) else None
-  except (ValueError, KeyError, TypeError, AttributeError):
+  except (ValueError, KeyError, TypeError):
     return None
 
 

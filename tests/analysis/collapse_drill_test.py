@@ -36,8 +36,9 @@ def pair(write_run):
     {"step": 67, "name": "emergency_on", "layer": 1},
     {"step": 90, "name": "emergency_on", "layer": 0},  # a second one
   ]
-  healthy = write_run("arm", before * 2, events[:1], {"token_perplexity": 100.0})
-  damaged = write_run("arm-fault", before + after, events, {"token_perplexity": 103.0})
+  last = {"token_perplexity": 100.0, "word_perplexity": 400.0}
+  healthy = write_run("arm", before * 2, events[:1], last)
+  damaged = write_run("arm-fault", before + after, events, last | {"token_perplexity": 103.0})
   return healthy, damaged
 
 

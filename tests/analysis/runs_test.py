@@ -106,6 +106,8 @@ def write(name: str, content: str):
     (garble('{"kind": "train", "step": "two"}'), "step of the train records is damaged"),
     (write("summary.json", '{"steps": 3'), "summary.json: is damaged or .*; delete it and give"),
     (write("summary.json", "{}"), "summary.json: is damaged"),
+    (write("summary.json", "[]"), "summary.json: is damaged"),
+    (write("summary.json", '{"steps": 3, "train_seconds": 1, "last": {"loss": 1}}'), "is damaged"),
     (write("summary.json", '{"steps": 3, "train_seconds": 1.0, "last": null}'), "summary.json: is"),
   ],
 )
