@@ -1,7 +1,7 @@
-"""Text from a trained model, token by token, with a key-value memory per expert.
+"""Text from a trained model, token by token, with a key-value cache per expert.
 
 A row of a batch does not depend on the other rows: it has a random key of its own (Sampling.seed
-plus its number in the batch) and its own place in the memory. So a batch gives what its prompts
+plus its number in the batch) and its own place in the cache. So a batch gives what its prompts
 give one by one, and prompt i alone with seed + i gives row i.
 
 Past the context, the window slides: when a row has filled all `max_length` places, its newer half
@@ -20,11 +20,11 @@ import numpy as np
 
 from hgnn_moe_jax.data.tokenizers import Tokenizer
 from hgnn_moe_jax.errors import UserError
-from hgnn_moe_jax.models.attention import Memory
+from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.language_model import LanguageModel, Params
 from hgnn_moe_jax.trained import Trained
 
-# The shortest memory and the shortest prompt that are compiled for; longer ones double it.
+# The shortest cache and the shortest prompt that are compiled for; longer ones double it.
 _SHORTEST = 16
 # What tokenizers decode bytes to that are no characters, such as the first half of one.
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -75,16 +75,16 @@ class _State(NamedTuple):
   """Of B rows between two tokens.
 
   Attributes:
-    memory: of S slots.
+    cache: of S slots.
     logits_BV: of the next token, float32.
     leader_B: the expert that led the prediction of it, int32.
-    length_B: tokens in memory, int32.
+    length_B: tokens in the cache, int32.
     seen_BV: bool, tokens of prompt and text.
     key_B: of the rows.
     count: tokens generated, int32 scalar.
   """
 
-  memory: Memory
+  cache: KeyValueCache
   logits_BV: jax.Array
   leader_B: jax.Array
   length_B: jax.Array
@@ -141,7 +141,7 @@ class _Row:
   """One prompt and what is known of its continuation.
 
   Attributes:
-    context: tokens that the model has in memory, or has to read again.
+    context: tokens that the model has in the cache, or has to read again.
     ended: why, or "".
   """
 
@@ -261,24 +261,24 @@ class _Programs(NamedTuple):
   """Compiled functions of one model.
 
   Attributes:
-    read: params, blank memory, windows, their lengths -> logits and leader after each row's last
-      token, and the memory.
+    read: params, empty cache, windows, their lengths -> logits and leader after each row's last
+      token, and the cache.
     pick: params, state, chooser -> state that has chosen a token but not read it, the token.
     advance: the same, and the token is read.
   """
 
-  read: Callable[..., tuple[jax.Array, jax.Array, Memory]]
+  read: Callable[..., tuple[jax.Array, jax.Array, KeyValueCache]]
   pick: Callable[..., tuple[_State, jax.Array]]
   advance: Callable[..., tuple[_State, jax.Array]]
 
 
 @functools.lru_cache(maxsize=8)
 def _programs(model: LanguageModel) -> _Programs:
-  def read(params: Params, memory: Memory, window_BT: jax.Array, length_B: jax.Array):
-    logits_BTV, reading = model.read(params, memory, window_BT, jnp.zeros_like(length_B))
+  def read(params: Params, cache: KeyValueCache, window_BT: jax.Array, length_B: jax.Array):
+    logits_BTV, reading = model.read(params, cache, window_BT, jnp.zeros_like(length_B))
     row_B, last_B = jnp.arange(window_BT.shape[0]), length_B - 1
     leader_B = _leaders(reading.share_LBTE)[row_B, last_B]
-    return logits_BTV[row_B, last_B], leader_B, reading.memory
+    return logits_BTV[row_B, last_B], leader_B, reading.cache
 
   def pick(params: Params, state: _State, chooser: tuple[jax.Array, ...]):
     del params
@@ -289,9 +289,9 @@ def _programs(model: LanguageModel) -> _Programs:
 
   def advance(params: Params, state: _State, chooser: tuple[jax.Array, ...]):
     state, token_B = pick(params, state, chooser)
-    logits_BTV, reading = model.read(params, state.memory, token_B[:, None], state.length_B)
+    logits_BTV, reading = model.read(params, state.cache, token_B[:, None], state.length_B)
     after = state._replace(
-      memory=reading.memory,
+      cache=reading.cache,
       logits_BV=logits_BTV[:, 0],
       leader_B=_leaders(reading.share_LBTE)[:, 0],
       length_B=state.length_B + 1,
@@ -349,10 +349,10 @@ def _read_windows(
   window_BT = np.full(shape, trained.tokenizer.end_of_text, np.int32)
   for window_T, row in zip(window_BT, rows, strict=True):
     window_T[: len(row.context)] = row.context
-  blank = trained.model.blank_memory(len(rows), slots)
-  logits_BV, leader_B, memory = programs.read(trained.params, blank, window_BT, length_B)
+  empty = trained.model.init_cache(len(rows), slots)
+  logits_BV, leader_B, cache = programs.read(trained.params, empty, window_BT, length_B)
   return {
-    "memory": memory,
+    "cache": cache,
     "logits_BV": logits_BV,
     "leader_B": leader_B,
     "length_B": jnp.asarray(length_B),

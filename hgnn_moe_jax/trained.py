@@ -99,13 +99,15 @@ def export(trained: Trained, folder: str | pathlib.Path) -> pathlib.Path:
 
 def _load_run(folder: pathlib.Path, checkpoint: str) -> Trained:
   config, content = run_folder.read_config(folder)
+  if not (folder / "checkpoints").is_dir():  # Orbax would make it.
+    raise UserError(f"{folder}: no checkpoints there; copy them, too, or let the run go on")
   tokenizer = _run_tokenizer(folder, config)
   assembly = assemble_sized(config, tokenizer.vocab_size, content["total_steps"])
   checkpointer = Checkpointer(folder)
   try:
     latest = checkpointer.latest_step()
     if latest is None:
-      raise UserError(f"{folder}: no checkpoint there yet; train the run first")
+      raise UserError(f"{folder}: no checkpoint was saved yet; let the run go on")
     best = checkpointer.best_step() if checkpoint == "best" else None
     step = latest if best is None else best
     state, note = checkpointer.restore(assembly.abstract_state, step)

@@ -15,7 +15,7 @@ from hgnn_moe_jax.data.tokenizers import ByteTokenizer
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.generation import Sampling, choose, generate
 from hgnn_moe_jax.models import language_model
-from hgnn_moe_jax.models.attention import Memory
+from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.language_model import LanguageModel, Reading
 from hgnn_moe_jax.trained import Trained
 
@@ -39,19 +39,19 @@ def trained(random_params):
 def _scripted(table, context=64, protocol="lines"):
   """A model whose next token after id i is table[i], with certainty; expert 1 leads before "b"."""
 
-  def blank_memory(rows, slots):
-    return Memory(jnp.zeros((1, rows, slots, 1, 1)), jnp.zeros((1, rows, slots, 1, 1)))
+  def init_cache(rows, slots):
+    return KeyValueCache(jnp.zeros((1, rows, slots, 1, 1)), jnp.zeros((1, rows, slots, 1, 1)))
 
-  def read(params, memory, inputs_BT, start_B):
+  def read(params, cache, inputs_BT, start_B):
     following = np.arange(V)
     for before, after in table.items():
       following[before] = after
     next_BT = jnp.asarray(following)[inputs_BT]
     second_BT = (next_BT == ord("b")).astype(jnp.float32)
     share_LBTE = jnp.stack([1.0 - second_BT, second_BT], -1)[None]
-    return 50.0 * jax.nn.one_hot(next_BT, V), Reading(memory, share_LBTE)
+    return 50.0 * jax.nn.one_hot(next_BT, V), Reading(cache, share_LBTE)
 
-  fields = dict.fromkeys(LanguageModel._fields) | {"blank_memory": blank_memory, "read": read}
+  fields = dict.fromkeys(LanguageModel._fields) | {"init_cache": init_cache, "read": read}
   config = Config()
   config.model.max_length, config.data.protocol = context, protocol
   return Trained(config, LanguageModel(**fields), {}, ByteTokenizer(), 0, {})
@@ -133,9 +133,9 @@ def test_packed_prompts_follow_an_end_of_text():
   model = _scripted({}, protocol="packed")
   read = model.model.read
 
-  def listen(params, memory, inputs_BT, start_B):
+  def listen(params, cache, inputs_BT, start_B):
     jax.debug.callback(lambda ids: heard.append(ids[0, :3].tolist()), inputs_BT)
-    return read(params, memory, inputs_BT, start_B)
+    return read(params, cache, inputs_BT, start_B)
 
   generate(model._replace(model=model.model._replace(read=listen)), ["ab"], Sampling(max_tokens=1))
   jax.effects_barrier()

@@ -141,7 +141,11 @@ def test_places_that_are_no_models(run, tmp_path):
   young.mkdir()
   shutil.copy(run / "config.json", young)
   shutil.copy(run / "tokenizer.json", young)
-  with pytest.raises(UserError, match="no checkpoint there yet; train the run first"):
+  with pytest.raises(UserError, match="no checkpoints there; copy them, too, or let the run go on"):
+    trained.load(young)
+  assert not (young / "checkpoints").exists()  # Nothing is left behind in somebody's run.
+  (young / "checkpoints").mkdir()
+  with pytest.raises(UserError, match="no checkpoint was saved yet; let the run go on"):
     trained.load(young)
 
 

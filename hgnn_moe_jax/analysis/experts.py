@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from hgnn_moe_jax import trained
 from hgnn_moe_jax.analysis.runs import RunData
 from hgnn_moe_jax.analysis.style import colour, layer_panels
 from hgnn_moe_jax.data.corpus import load_corpus
@@ -13,9 +14,6 @@ from hgnn_moe_jax.data.examples import gather
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.models.coupling import Ties, learned_ties
 from hgnn_moe_jax.orthogonality import weights
-from hgnn_moe_jax.training.assembly import assemble
-from hgnn_moe_jax.training.checkpoint import Checkpointer
-from hgnn_moe_jax.training.optimizer import averaged_params
 
 _BATCHES = 8
 
@@ -49,25 +47,13 @@ def load_experts(run: RunData) -> Experts:
       f"{', '.join(run.unknown)}); look at it with the version that trained it"
     )
   config.validate()
-  if not (run.folder / "checkpoints").is_dir():  # Orbax would make it.
-    raise UserError(f"{run.folder}: no checkpoints there; copy them, too, or let the run go on")
   corpus = load_corpus(config)
   if corpus.fingerprint != run.data.get("fingerprint"):
     raise UserError(
       f"{run.folder}: the text at config.data.path={config.data.path!r} is not the one this run "
       "was trained on; restore it"
     )
-  assembly = assemble(config, corpus)
-  checkpointer = Checkpointer(run.folder)
-  try:
-    step = checkpointer.best_step()
-    step = checkpointer.latest_step() if step is None else step
-    if step is None:
-      raise UserError(f"{run.folder}: no checkpoint was saved yet; let the run go on")
-    state, _ = checkpointer.restore(assembly.abstract_state, step)
-  finally:
-    checkpointer.close()
-  params, model = averaged_params(state.opt_state, state.params), assembly.model
+  _, model, params, _, step, _ = trained.load(run.folder)
   examples = corpus.splits["validation"].examples
   size, fill = config.training.batch_size, corpus.tokenizer.end_of_text
 

@@ -27,7 +27,7 @@ def causal_attention(q_BTGH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array) ->
   return _attention(q_BTGH, k_BTGH, v_BTGH, future_TS[None, None])
 
 
-class Memory(NamedTuple):
+class KeyValueCache(NamedTuple):
   """Keys and values of tokens read before, in S slots; slot s holds a row's s-th token.
 
   Attributes:
@@ -38,28 +38,32 @@ class Memory(NamedTuple):
   value_BSGH: jax.Array
 
 
-def remembering_attention(
-  q_BTGH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array, memory: Memory, position_BT: jax.Array
-) -> tuple[jax.Array, Memory]:
-  """`causal_attention` of T new tokens that follow those in memory.
+def cached_attention(
+  q_BTGH: jax.Array,
+  k_BTGH: jax.Array,
+  v_BTGH: jax.Array,
+  cache: KeyValueCache,
+  position_BT: jax.Array,
+) -> tuple[jax.Array, KeyValueCache]:
+  """`causal_attention` of T new tokens that follow those in the cache.
 
   Args:
     q_BTGH, k_BTGH, v_BTGH: of the new tokens.
-    memory: of their rows; its slots at `position_BT` are written.
+    cache: of their rows; its slots at `position_BT` are written.
     position_BT: int32, each new token's place in its row, all below S.
 
   Returns:
-    ([B, T, G, H] in the inputs' dtype, the memory with the new tokens).
+    ([B, T, G, H] in the inputs' dtype, the cache with the new tokens).
   """
   row_B1 = jnp.arange(position_BT.shape[0])[:, None]
-  memory = Memory(
-    memory.key_BSGH.at[row_B1, position_BT].set(k_BTGH),
-    memory.value_BSGH.at[row_B1, position_BT].set(v_BTGH),
+  cache = KeyValueCache(
+    cache.key_BSGH.at[row_B1, position_BT].set(k_BTGH),
+    cache.value_BSGH.at[row_B1, position_BT].set(v_BTGH),
   )
-  slot_S = jnp.arange(memory.key_BSGH.shape[1])
+  slot_S = jnp.arange(cache.key_BSGH.shape[1])
   hidden_BTS = slot_S[None, None, :] > position_BT[:, :, None]
-  mixed_BTGH = _attention(q_BTGH, memory.key_BSGH, memory.value_BSGH, hidden_BTS[:, None])
-  return mixed_BTGH, memory
+  mixed_BTGH = _attention(q_BTGH, cache.key_BSGH, cache.value_BSGH, hidden_BTS[:, None])
+  return mixed_BTGH, cache
 
 
 def _attention(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import attention
-from hgnn_moe_jax.models.attention import Memory
+from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.layers import (
   dropout,
   fan_in_normal,
@@ -43,28 +43,28 @@ class ExpertBlocks(nn.Module):
     x_BTD: jax.Array,
     position_BT: jax.Array,
     keys: tuple[jax.Array, jax.Array] | None,
-    memory: Memory | None = None,
-  ) -> tuple[jax.Array, Memory | None]:
-    """The updates, and the memory with these tokens.
+    cache: KeyValueCache | None = None,
+  ) -> tuple[jax.Array, KeyValueCache | None]:
+    """The updates, and the cache with these tokens.
 
     Args:
       x_BTD: float32.
       position_BT: int32, each token's place in its row; [1, T] if the same for all rows.
       keys: for the two dropouts, or None for none.
-      memory: of the tokens before these, with G = E N heads; None if there are none before and
+      cache: of the tokens before these, with G = E N heads; None if there are none before and
         nothing is to be remembered.
     """
     attention_key, ffn_key = keys if keys is not None else (None, None)
-    attended_EBTD, memory = self._attention(x_BTD, position_BT, memory)
+    attended_EBTD, cache = self._attention(x_BTD, position_BT, cache)
     attended_EBTD = dropout(attended_EBTD, self.config.dropout, attention_key)
     stream_EBTD = spread(x_BTD, self.config.num_experts) + attended_EBTD.astype(jnp.float32)
     hidden_EBTD = normalize(stream_EBTD).astype(self.dtype)
     fed_EBTD = dropout(self._ffn(hidden_EBTD), self.config.dropout, ffn_key)
-    return attended_EBTD + fed_EBTD, memory
+    return attended_EBTD + fed_EBTD, cache
 
   def _attention(
-    self, x_BTD: jax.Array, position_BT: jax.Array, memory: Memory | None
-  ) -> tuple[jax.Array, Memory | None]:
+    self, x_BTD: jax.Array, position_BT: jax.Array, cache: KeyValueCache | None
+  ) -> tuple[jax.Array, KeyValueCache | None]:
     c = self.config
     E, D, N = c.num_experts, c.embed_dim, c.num_heads
     H = D // N
@@ -82,15 +82,15 @@ class ExpertBlocks(nn.Module):
     q, k, v = (part.reshape(B, T, E * N, H) for part in jnp.split(flat_BTX, 3, axis=-1))
     if c.positions == "rotary":
       q, k = attention.rotate(q, position_BT), attention.rotate(k, position_BT)
-    if memory is None:
+    if cache is None:
       mixed_BTGH = attention.causal_attention(q, k, v)
     else:
-      mixed_BTGH, memory = attention.remembering_attention(q, k, v, memory, position_BT)
+      mixed_BTGH, cache = attention.cached_attention(q, k, v, cache, position_BT)
     mixed_BTEX = mixed_BTGH.reshape(B, T, E, N * H)
     out_EXD = self.param("out_kernel", fan_in_normal(N * H, self._residual_gain), (E, N * H, D))
     out_bias_ED = self.param("out_bias", nn.initializers.zeros, (E, D))
     attended_EBTD = project_each(jnp.moveaxis(mixed_BTEX, 2, 0), out_EXD)
-    return attended_EBTD + out_bias_ED.astype(self.dtype).reshape(E, 1, 1, D), memory
+    return attended_EBTD + out_bias_ED.astype(self.dtype).reshape(E, 1, 1, D), cache
 
   def _ffn(self, hidden_EBTD: jax.Array) -> jax.Array:
     """hidden_EBTD: normalised, without gain and bias, which are folded into the first kernel."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import head
-from hgnn_moe_jax.models.attention import Memory
+from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.coupling import Coupler
 from hgnn_moe_jax.models.expert import ExpertBlocks, matrices
 from hgnn_moe_jax.models.layers import LayerNorm, dropout, fan_in_normal
@@ -33,9 +33,9 @@ class Aux(NamedTuple):
 
 
 class Reading(NamedTuple):
-  """What reading on from a memory reports instead of Aux. Every field has the axis L first."""
+  """What reading on from a cache reports instead of Aux. Every field has the axis L first."""
 
-  memory: Memory  # with the tokens just read, [L, B, S, E N, H]
+  cache: KeyValueCache  # with the tokens just read, [L, B, S, E N, H]
   share_LBTE: jax.Array  # float32: an expert's part in the pooled update z, `<g_e y_e, z> / <z, z>`
 
 
@@ -46,8 +46,8 @@ class LanguageModel(NamedTuple):
   features(params, inputs_BT, weights_BT, dropout_key) -> (x_BTD, Aux): what the head reads.
     dropout_key=None switches dropout off. weights_BT (0 or 1) only masks what Aux measures.
   logits(params, inputs_BT) -> [B, T, V] float32, without dropout.
-  blank_memory(rows, slots) -> Memory of so many rows that have read nothing yet.
-  read(params, memory, inputs_BT, start_B) -> ([B, T, V] float32 logits, Reading): as `logits` of
+  init_cache(rows, slots) -> KeyValueCache of so many rows that have read nothing yet.
+  read(params, cache, inputs_BT, start_B) -> ([B, T, V] float32 logits, Reading): as `logits` of
     T tokens that follow the first start_B[b] of row b, without dropout. start_B + T is at most the
     number of slots, which is at most max_length.
   loss(params, x_BTD, targets_BT, weights_BT) -> weighted sum of token losses in nats, float32,
@@ -58,8 +58,8 @@ class LanguageModel(NamedTuple):
   init: Callable[[jax.Array], Params]
   features: Callable[[Params, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Aux]]
   logits: Callable[[Params, jax.Array], jax.Array]
-  blank_memory: Callable[[int, int], Memory]
-  read: Callable[[Params, Memory, jax.Array, jax.Array], tuple[jax.Array, Reading]]
+  init_cache: Callable[[int, int], KeyValueCache]
+  read: Callable[[Params, KeyValueCache, jax.Array, jax.Array], tuple[jax.Array, Reading]]
   loss: Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
   expert_matrices: Callable[[Params, str], dict[str, jax.Array]]
 
@@ -78,15 +78,15 @@ class CoupledLayer(nn.Module):
     position_BT: jax.Array,
     weights_BT: jax.Array,
     key: jax.Array | None,
-    memory: Memory | None = None,
+    cache: KeyValueCache | None = None,
   ) -> tuple[jax.Array, Aux | Reading]:
     keys = None if key is None else tuple(jax.random.split(key))
     experts = ExpertBlocks(self.config, self.dtype, name="experts")
-    updates_EBTD, memory = experts(x_BTD, position_BT, keys, memory)
+    updates_EBTD, cache = experts(x_BTD, position_BT, keys, cache)
     coupled_EBTD = Coupler(self.config, self.dtype, name="coupler")(updates_EBTD)
     z_BTD, gate_BTE = Pool(self.config, name="pool")(coupled_EBTD, x_BTD)
-    if memory is not None:
-      return x_BTD + z_BTD, Reading(memory, _share(coupled_EBTD, gate_BTE, z_BTD))
+    if cache is not None:
+      return x_BTD + z_BTD, Reading(cache, _share(coupled_EBTD, gate_BTE, z_BTD))
     entropy_BT = -jnp.sum(jax.scipy.special.xlogy(gate_BTE, gate_BTE), axis=-1)
     total = jnp.maximum(weights_BT.sum(), 1.0)
     aux = Aux(
@@ -115,7 +115,7 @@ def _unroll(num_layers: int) -> int:
 class Network(nn.Module):
   """inputs_BT -> (x_BTD, Aux): everything but the head's product, whose kernel it owns.
 
-  With a memory, inputs_BT follow the first start_B tokens of their rows: -> (x_BTD, Reading).
+  With a cache, inputs_BT follow the first start_B tokens of their rows: -> (x_BTD, Reading).
   """
 
   config: ModelConfig
@@ -130,7 +130,7 @@ class Network(nn.Module):
     inputs_BT: jax.Array,
     weights_BT: jax.Array,
     key: jax.Array | None,
-    memory: Memory | None = None,
+    cache: KeyValueCache | None = None,
     start_B: jax.Array | None = None,
   ) -> tuple[jax.Array, Aux | Reading]:
     c = self.config
@@ -156,7 +156,7 @@ class Network(nn.Module):
       layer_keys = jax.random.split(layers_key, c.num_layers)
     layer = nn.remat(CoupledLayer, prevent_cse=False) if self.remat else CoupledLayer
     # Flax's annotation of in_axes knows integers only.
-    by_layer = [nn.broadcast if a is None else 0 for a in (layer_keys, memory)]
+    by_layer = [nn.broadcast if a is None else 0 for a in (layer_keys, cache)]
     in_axes: Any = (nn.broadcast, nn.broadcast, *by_layer)
     scanned = nn.scan(
       layer,
@@ -167,7 +167,7 @@ class Network(nn.Module):
       unroll=_unroll(c.num_layers),
     )
     layers = scanned(c, self.dtype, self.measure, name="layers")
-    x_BTD, report = layers(x_BTD, position_BT, weights_BT, layer_keys, memory)
+    x_BTD, report = layers(x_BTD, position_BT, weights_BT, layer_keys, cache)
     return LayerNorm(name="final_norm")(x_BTD), report
 
 
@@ -226,15 +226,15 @@ def build(
     x_BTD, _ = features(params, inputs_BT, jnp.ones(inputs_BT.shape), None)
     return head_logits(params, x_BTD)
 
-  def blank_memory(rows: int, slots: int) -> Memory:
+  def init_cache(rows: int, slots: int) -> KeyValueCache:
     c = config
     heads = (c.num_experts * c.num_heads, c.embed_dim // c.num_heads)
     shape = (c.num_layers, rows, slots, *heads)
-    return Memory(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return KeyValueCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-  def read(params, memory, inputs_BT, start_B):
+  def read(params, cache, inputs_BT, start_B):
     weights_BT = jnp.ones(inputs_BT.shape)
-    output: Any = network.apply({"params": params}, inputs_BT, weights_BT, None, memory, start_B)
+    output: Any = network.apply({"params": params}, inputs_BT, weights_BT, None, cache, start_B)
     x_BTD, reading = output
     return head_logits(params, x_BTD), reading
 
@@ -249,4 +249,4 @@ def build(
   def expert_matrices(params, target):
     return matrices(params["layers"]["experts"], target)
 
-  return LanguageModel(init, features, logits, blank_memory, read, loss, expert_matrices)
+  return LanguageModel(init, features, logits, init_cache, read, loss, expert_matrices)

@@ -41,9 +41,11 @@ def evaluate_run(
   checkpointer = Checkpointer(workdir)
   step = checkpointer.best_step() if checkpoint == "best" else checkpointer.latest_step()
   if step is None:
-    scored = "scored " if checkpoint == "best" and checkpointer.latest_step() is not None else ""
-    cure = "evaluate with --checkpoint=last" if scored else "train the run first"
-    raise UserError(f"--workdir={workdir}: no {scored}checkpoint there yet; {cure}")
+    if checkpointer.latest_step() is not None:
+      raise UserError(
+        f"--workdir={workdir}: no scored checkpoint there yet; evaluate with --checkpoint=last"
+      )
+    raise UserError(f"--workdir={workdir}: no checkpoint there yet; train the run first")
   state, _ = checkpointer.restore(assembly.abstract_state, step)
   checkpointer.close()
   evaluator = Evaluator(
