@@ -9,7 +9,7 @@ train: $(VENV)/.installed
 	$(BIN)/python -m hgnn_moe_jax.main --config=configs/quickstart.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

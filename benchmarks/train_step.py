@@ -2,7 +2,7 @@
 
 python -m benchmarks.train_step --shape=small --coupler=graph --out=FILE
 python -m benchmarks.train_step --shape=small,original --coupler=graph,hypergraph
-python -m benchmarks.train_step --shape=small --sweep=model.num_experts=1,2,4,8
+python -m benchmarks.train_step --shape=sweep --sweep=model.num_experts=1,2,4,8,16,32,64
 
 A measurement is the training loop's own compiled dispatch, on random tokens: data on the device,
 penalties, controller and optimizer included. Its rate is compared with that of one large matrix
@@ -37,7 +37,7 @@ from hgnn_moe_jax.sweep import parse_grid
 from hgnn_moe_jax.training.records import environment, write_json
 from hgnn_moe_jax.training.step import Feed, as_count, make_dispatch
 
-_EVERYWHERE = {
+EVERYWHERE = {
   "training.steps": 1000,
   "model.dropout": 0.0,
   "adaptive.controller": "adaptive",
@@ -46,7 +46,7 @@ _EVERYWHERE = {
 }
 
 
-def _shape(D: int, L: int, E: int, B: int, T: int, heads: int) -> dict[str, Any]:
+def shape_fields(D: int, L: int, E: int, B: int, T: int, heads: int) -> dict[str, Any]:
   return {
     "model.embed_dim": D,
     "model.num_layers": L,
@@ -59,11 +59,13 @@ def _shape(D: int, L: int, E: int, B: int, T: int, heads: int) -> dict[str, Any]
 
 # Name -> (fields, vocabulary).
 SHAPES: dict[str, tuple[dict[str, Any], int]] = {
-  "tiny": (_shape(16, 2, 3, 4, 16, 2), 64),
-  "small": (_shape(128, 2, 4, 32, 128, 4), 8192),
-  "original": ({**_shape(256, 4, 4, 32, 128, 4), "model.dropout": 0.1}, 50257),
-  "d384": (_shape(384, 4, 4, 64, 128, 6), 50257),
-  "large": (_shape(1024, 12, 8, 8, 1024, 8), 50257),
+  "tiny": (shape_fields(16, 2, 3, 4, 16, 2), 64),
+  # For sweeps: shallow and narrow, so that many experts or long rows still fit.
+  "sweep": (shape_fields(64, 2, 4, 2, 128, 2), 1024),
+  "small": (shape_fields(128, 2, 4, 32, 128, 4), 8192),
+  "original": ({**shape_fields(256, 4, 4, 32, 128, 4), "model.dropout": 0.1}, 50257),
+  "d384": (shape_fields(384, 4, 4, 64, 128, 6), 50257),
+  "large": (shape_fields(1024, 12, 8, 8, 1024, 8), 50257),
 }
 COUPLERS = {
   "graph": {"model.coupler": "graph"},
@@ -211,7 +213,7 @@ def main() -> None:
     for shape in shapes.value:
       fields, vocab_size = SHAPES[shape]
       for coupler in couplers.value:
-        base = with_fields(Config(name=shape), {**_EVERYWHERE, **fields, **COUPLERS[coupler]})
+        base = with_fields(Config(name=shape), {**EVERYWHERE, **fields, **COUPLERS[coupler]})
         for cell in parse_grid([sweep.value] if sweep.value else [], base):
           config = with_fields(base, cell.values).validate()
           named = {"shape": shape, "coupler": coupler, "sweep": cell.name if cell.values else ""}

@@ -8,7 +8,8 @@ that a misspelt field in a config file is an error and not a new attribute that 
 Four fields also take an import path, "package.module:name": see `extensions`.
 
 A field whose metadata says `meaning=False` may change between a run and its continuation without
-changing any result (how often to log, where the cache lies). All others must agree on resume.
+changing any result but for rounding (how often to log, how many devices). All others must agree on
+resume.
 """
 
 import copy
@@ -192,6 +193,16 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(unsafe_hash=True, slots=True)
+class MeshConfig:
+  """How many devices share what: data x expert x model of them in all."""
+
+  data: int = _free(0)  # parts of a batch; 0: all devices that the other two leave
+  expert: int = _free(1)  # parts of the experts
+  model: int = _free(1)  # parts of heads, hidden widths and vocabulary
+  fsdp: bool = _free(False)  # parameters and optimizer are in parts over data, too
+
+
+@dataclasses.dataclass(unsafe_hash=True, slots=True)
 class Config:
   """A run. `configs/*.py` build one in `get_config()`."""
 
@@ -203,6 +214,7 @@ class Config:
   adaptive: AdaptiveConfig = dataclasses.field(default_factory=AdaptiveConfig)
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
   evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
   def validate(self) -> "Config":
     """Returns self, or raises ConfigError naming the first field that cannot work and the cure."""
@@ -228,6 +240,7 @@ class Config:
     self._validate_control()
     self._validate_data()
     self._validate_training()
+    self._validate_mesh()
     return self
 
   def _validate_model(self) -> None:
@@ -332,6 +345,14 @@ class Config:
         f"use a divisor of training.batch_size={t.batch_size}",
       )
 
+  def _validate_mesh(self) -> None:
+    for field, size, divided in (
+      ("mesh.expert", self.mesh.expert, "model.num_experts"),
+      ("mesh.model", self.mesh.model, "model.num_heads"),
+    ):
+      if (whole := getattr(self.model, divided.removeprefix("model."))) % size:
+        raise ConfigError(field, size, f"use a divisor of {divided}={whole}")
+
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
 
@@ -360,6 +381,7 @@ _GROUPS: dict[str, Any] = {
   "adaptive": AdaptiveConfig,
   "training": TrainingConfig,
   "evaluation": EvaluationConfig,
+  "mesh": MeshConfig,
 }
 
 
@@ -478,4 +500,7 @@ _RANGES = {
   "evaluation.every": (1, math.inf),
   "evaluation.batch_size": (0, math.inf),
   "evaluation.stride": (0, math.inf),
+  "mesh.data": (0, math.inf),
+  "mesh.expert": (1, math.inf),
+  "mesh.model": (1, math.inf),
 }

@@ -21,6 +21,14 @@ _CHECKPOINT = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which o
 _STRIDE = flags.DEFINE_integer(
   "stride", None, "Evaluate with a sliding context: each window scores its last STRIDE tokens.", 1
 )
+_DISTRIBUTED = flags.DEFINE_boolean(
+  "distributed", False, "This is one of several processes that train together."
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "HOST:PORT of the first of them; found by itself under SLURM and the like."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.", 1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This one's number, from 0.", 0)
 _QUIET = flags.DEFINE_boolean("quiet", False, "No progress, only the result.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; several make a batch.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "File with a text to continue in every line.")
@@ -48,12 +56,15 @@ def _run(argv: list[str]) -> None:
 
 
 def _train() -> None:
-  from hgnn_moe_jax.training import loop
+  from hgnn_moe_jax.training import loop, processes
 
+  if _DISTRIBUTED.value:
+    processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   config = cli.validated(_CONFIG.value)
   workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs", config.name))
   summary = loop.train(config, workdir, _QUIET.value)
-  print(report.summary(summary, workdir))
+  if processes.is_first():
+    print(report.summary(summary, workdir))
 
 
 def _evaluate() -> None:

@@ -49,7 +49,7 @@ def test_experiments_run_when_shrunk(name, tiny_config, tmp_path, shared_program
     setattr(config.model, field, getattr(tiny.model, field))
   config.data = tiny.data
   config.training.steps, config.training.epochs, config.training.batch_size = 2, 0.0, 8
-  config.training.warmup_steps = 1
+  config.training.warmup_steps, config.model.dropout = 1, 0.0
   summary = loop.train(config, tmp_path, quiet=True)
   assert summary["steps"] == 2 and summary["best"]["loss"] > 0
 
@@ -90,6 +90,7 @@ def test_difference_names_what_changes_a_run_and_nothing_else():
     *("path", "cache_dir", "placement", "steps_per_dispatch", "log_every", "checkpoint_every"),
     *("keep_checkpoints", "tensorboard", "wandb_project"),
     "batch_size",  # of the evaluation
+    *("data", "expert", "model", "fsdp"),
   }
 
 

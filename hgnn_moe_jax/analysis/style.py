@@ -76,6 +76,7 @@ def panels(
     try:
       yield figure, axes
       figure.savefig(path, dpi=DOTS_PER_INCH)
+      figure.set_layout_engine("none")  # The SVG keeps the PNG's: finding it is half of the work.
       figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     finally:
       plt.close(figure)

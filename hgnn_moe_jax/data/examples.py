@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from hgnn_moe_jax import sharding
 from hgnn_moe_jax.errors import ConfigError
 
 # numpy or JAX: `gather` takes either.
@@ -119,17 +121,21 @@ def scored_targets(examples: Examples) -> np.ndarray:
   return examples.tokens[positions]
 
 
-def place(examples: Examples, placement: str) -> tuple[Examples, bool]:
+def place(examples: Examples, placement: str, mesh: Mesh | None = None) -> tuple[Examples, bool]:
   """Examples on the device or left on the host, and whether they are on the device.
 
   Args:
     examples: numpy arrays.
     placement: device, host, or auto: on the device if the tokens would take at most 256 MiB as
       int32.
+    mesh: every device of it has all of them; None for one device.
   """
   if placement not in ("auto", "device", "host"):
     raise ConfigError("data.placement", placement, "use one of auto, device, host")
   fits = examples.tokens.size * np.dtype(np.int32).itemsize <= _ON_DEVICE_BYTES
   if placement == "host" or (placement == "auto" and not fits):
     return examples, False
-  return jax.device_put(examples), True
+  if mesh is None:
+    return jax.device_put(examples), True
+  where = sharding.replicated(mesh)
+  return jax.tree.map(lambda array: sharding.put(array, where), examples), True

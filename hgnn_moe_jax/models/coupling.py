@@ -18,16 +18,51 @@ import jax.numpy as jnp
 from hgnn_moe_jax import extensions
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import hypergraph
-from hgnn_moe_jax.models.layers import LayerNorm, fan_in_normal, project
+from hgnn_moe_jax.models.layers import LayerNorm, fan_in_normal, named, project
+from hgnn_moe_jax.sharding import on_mesh
 
 # softplus(_ONE) = 1: learned positive weights start at 1.
 _ONE = 0.5413248546129181
 
 
+# Up to so many experts, mixing token by token is a sum of E products and not a product of matrices.
+_MOST_SUMMED = 8
+
+
 def _mix(operator: jax.Array, h_EBTD: jax.Array) -> jax.Array:
   """sum_j P_ij h_j with P either [E, E] or, token by token, [E, E, B, T]."""
-  letters = "ijBT" if operator.ndim == 4 else "ij"
-  return jnp.einsum(f"{letters},jBTD->iBTD", operator.astype(h_EBTD.dtype), h_EBTD)
+  operator = operator.astype(h_EBTD.dtype)
+  if operator.ndim == 2:
+    return jnp.einsum("ij,jBTD->iBTD", operator, h_EBTD)
+  if h_EBTD.shape[0] > _MOST_SUMMED or on_mesh():
+    return jnp.einsum("ijBT,jBTD->iBTD", operator, h_EBTD)
+  return _mix_tokens(operator, h_EBTD)
+
+
+@jax.custom_vjp
+def _mix_tokens(operator_EEBT: jax.Array, h_EBTD: jax.Array) -> jax.Array:
+  """sum_j P_ij h_j as E products.
+
+  For a product of matrices XLA moves the experts of h behind the tokens and back again: on CPU
+  forward and backward took twice as long.
+  """
+  mixed_EBTD = operator_EEBT[:, 0, :, :, None] * h_EBTD[None, 0]
+  for j in range(1, h_EBTD.shape[0]):
+    mixed_EBTD += operator_EEBT[:, j, :, :, None] * h_EBTD[None, j]
+  return mixed_EBTD
+
+
+def _mix_forward(operator_EEBT, h_EBTD):
+  return _mix_tokens(operator_EEBT, h_EBTD), (operator_EEBT, h_EBTD)
+
+
+def _mix_backward(residuals, cotangent_EBTD):
+  operator_EEBT, h_EBTD = residuals
+  by_pair_EEBT = jnp.einsum("iBTD,jBTD->ijBT", cotangent_EBTD, h_EBTD)
+  return by_pair_EEBT, _mix_tokens(jnp.swapaxes(operator_EEBT, 0, 1), cotangent_EBTD)
+
+
+_mix_tokens.defvjp(_mix_forward, _mix_backward)
 
 
 class GraphOperator(nn.Module):
@@ -42,9 +77,9 @@ class GraphOperator(nn.Module):
   def __call__(self, h_EBTD: jax.Array) -> jax.Array:
     E, D = h_EBTD.shape[0], h_EBTD.shape[-1]
     adjacency_EE = jax.nn.softplus(
-      self.param("adjacency", nn.initializers.constant(_ONE), (E, E))
+      self.param("adjacency", named(nn.initializers.constant(_ONE), None, None), (E, E))
     ) * (1 - jnp.eye(E))
-    gate_DX = self.param("gate_kernel", fan_in_normal(D), (D, 2))
+    gate_DX = self.param("gate_kernel", named(fan_in_normal(D), "embed", None), (D, 2))
     gate_bias = self.param("gate_bias", nn.initializers.zeros, ())
     score_EBTX = jnp.einsum(
       "EBTD,DX->EBTX",
@@ -72,13 +107,17 @@ class HypergraphOperator(nn.Module):
   @nn.compact
   def __call__(self, h_EBTD: jax.Array) -> jax.Array:
     weight_M = jax.nn.softplus(
-      self.param("hyperedge_weight", nn.initializers.constant(_ONE), (len(self.hyperedges),))
+      self.param(
+        "hyperedge_weight", named(nn.initializers.constant(_ONE), None), (len(self.hyperedges),)
+      )
     )
     if not self.attention:
       incidence_EM = hypergraph.incidence(self.hyperedges, h_EBTD.shape[0])
       return hypergraph.propagation(incidence_EM, weight_M, self.normalization)
     D = h_EBTD.shape[-1]
-    score_D = self.param("score_kernel", fan_in_normal(D), (D,)).astype(h_EBTD.dtype)
+    score_D = self.param("score_kernel", named(fan_in_normal(D), "embed"), (D,)).astype(
+      h_EBTD.dtype
+    )
     score_EBT = jnp.einsum("EBTD,D->EBT", h_EBTD, score_D, preferred_element_type=jnp.float32)
     return hypergraph.attended_propagation(self.hyperedges, weight_M, score_EBT, self.normalization)
 
@@ -92,7 +131,9 @@ class MatrixOperator(nn.Module):
   @nn.compact
   def __call__(self, h_EBTD: jax.Array) -> jax.Array:
     E = h_EBTD.shape[0]
-    mixing_EE = self.param("mixing", nn.initializers.constant(1 / (E - 1)), (E, E))
+    mixing_EE = self.param(
+      "mixing", named(nn.initializers.constant(1 / (E - 1)), None, None), (E, E)
+    )
     return mixing_EE * (1 - jnp.eye(E))
 
 
@@ -102,8 +143,12 @@ class AttentionOperator(nn.Module):
   @nn.compact
   def __call__(self, h_EBTD: jax.Array) -> jax.Array:
     D = h_EBTD.shape[-1]
-    query_EBTD = project(h_EBTD, self.param("query_kernel", fan_in_normal(D), (D, D)))
-    key_EBTD = project(h_EBTD, self.param("key_kernel", fan_in_normal(D), (D, D)))
+    query_EBTD = project(
+      h_EBTD, self.param("query_kernel", named(fan_in_normal(D), "embed", None), (D, D))
+    )
+    key_EBTD = project(
+      h_EBTD, self.param("key_kernel", named(fan_in_normal(D), "embed", None), (D, D))
+    )
     score_EEBT = jnp.einsum(
       "iBTD,jBTD->ijBT", query_EBTD, key_EBTD, preferred_element_type=jnp.float32
     )
@@ -149,8 +194,10 @@ class Coupler(nn.Module):
     for g in range(c.coupler_layers):
       h_EBTD = LayerNorm(name=f"norm_{g}")(y_EBTD).astype(self.dtype)
       operator = make_operator(c, f"operator_{g}")(h_EBTD)
-      in_DD = self.param(f"in_kernel_{g}", fan_in_normal(D), (D, D))
-      out_DD = self.param(f"out_kernel_{g}", fan_in_normal(D, gain), (D, D))
+      in_DD = self.param(f"in_kernel_{g}", named(fan_in_normal(D), "embed", "hidden"), (D, D))
+      out_DD = self.param(
+        f"out_kernel_{g}", named(fan_in_normal(D, gain), "hidden", "embed"), (D, D)
+      )
       message_EBTD = project(_mix(operator, h_EBTD), in_DD)
       y_EBTD = y_EBTD + project(jax.nn.gelu(message_EBTD), out_DD)
     return y_EBTD

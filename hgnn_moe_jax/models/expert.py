@@ -16,11 +16,13 @@ from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.layers import (
   dropout,
   fan_in_normal,
+  named,
   normalize,
-  project,
+  project_all,
   project_each,
   spread,
 )
+from hgnn_moe_jax.sharding import constrain
 
 
 class ExpertBlocks(nn.Module):
@@ -57,10 +59,11 @@ class ExpertBlocks(nn.Module):
     attention_key, ffn_key = keys if keys is not None else (None, None)
     attended_EBTD, cache = self._attention(x_BTD, position_BT, cache)
     attended_EBTD = dropout(attended_EBTD, self.config.dropout, attention_key)
+    attended_EBTD = constrain(attended_EBTD, "expert", "data", None, None)
     stream_EBTD = spread(x_BTD, self.config.num_experts) + attended_EBTD.astype(jnp.float32)
     hidden_EBTD = normalize(stream_EBTD).astype(self.dtype)
     fed_EBTD = dropout(self._ffn(hidden_EBTD), self.config.dropout, ffn_key)
-    return attended_EBTD + fed_EBTD, cache
+    return constrain(attended_EBTD + fed_EBTD, "expert", "data", None, None), cache
 
   def _attention(
     self, x_BTD: jax.Array, position_BT: jax.Array, cache: KeyValueCache | None
@@ -68,18 +71,25 @@ class ExpertBlocks(nn.Module):
     c = self.config
     E, D, N = c.num_experts, c.embed_dim, c.num_heads
     H = D // N
-    norm_scale_ED = self.param("attention_norm_scale", nn.initializers.ones, (E, D))
-    norm_bias_ED = self.param("attention_norm_bias", nn.initializers.zeros, (E, D))
-    kernel = self.param("qkv_kernel", fan_in_normal(D), (E, D, 3, N, H))
-    bias = self.param("qkv_bias", nn.initializers.zeros, (E, 3, N, H))
-    bias = bias + jnp.einsum("ED,EDSNH->ESNH", norm_bias_ED, kernel)
+    norm_scale_ED = self.param(
+      "attention_norm_scale", named(nn.initializers.ones, "expert", "embed"), (E, D)
+    )
+    norm_bias_ED = self.param(
+      "attention_norm_bias", named(nn.initializers.zeros, "expert", "embed"), (E, D)
+    )
+    kernel = self.param(
+      "qkv_kernel", named(fan_in_normal(D), "expert", "embed", None, "heads", None), (E, D, 3, N, H)
+    )
+    bias = self.param(
+      "qkv_bias", named(nn.initializers.zeros, "expert", None, "heads", None), (E, 3, N, H)
+    )
+    bias_ESNH = bias + jnp.einsum("ED,EDSNH->ESNH", norm_bias_ED, kernel)
     kernel = kernel * norm_scale_ED[:, :, None, None, None]
-    kernel = jnp.einsum("EDSNH->DSENH", kernel).reshape(D, 3 * E * N * H)
-    bias = jnp.einsum("ESNH->SENH", bias).reshape(1, 1, 3 * E * N * H)
-    flat_BTX = project(normalize(x_BTD).astype(self.dtype), kernel)
-    flat_BTX = flat_BTX + bias.astype(self.dtype)
+    kernel_DESNH = jnp.einsum("EDSNH->DESNH", kernel)
+    qkv_BTESNH = project_all(normalize(x_BTD).astype(self.dtype), kernel_DESNH)
+    qkv_BTESNH = qkv_BTESNH + bias_ESNH.astype(self.dtype)[None, None]
     B, T = x_BTD.shape[:2]
-    q, k, v = (part.reshape(B, T, E * N, H) for part in jnp.split(flat_BTX, 3, axis=-1))
+    q, k, v = (part.reshape(B, T, E * N, H) for part in jnp.split(qkv_BTESNH, 3, axis=3))
     if c.positions == "rotary":
       q, k = attention.rotate(q, position_BT), attention.rotate(k, position_BT)
     if cache is None:
@@ -87,8 +97,12 @@ class ExpertBlocks(nn.Module):
     else:
       mixed_BTGH, cache = attention.cached_attention(q, k, v, cache, position_BT)
     mixed_BTEX = mixed_BTGH.reshape(B, T, E, N * H)
-    out_EXD = self.param("out_kernel", fan_in_normal(N * H, self._residual_gain), (E, N * H, D))
-    out_bias_ED = self.param("out_bias", nn.initializers.zeros, (E, D))
+    out_EXD = self.param(
+      "out_kernel",
+      named(fan_in_normal(N * H, self._residual_gain), "expert", "heads", "embed"),
+      (E, N * H, D),
+    )
+    out_bias_ED = self.param("out_bias", named(nn.initializers.zeros, "expert", "embed"), (E, D))
     attended_EBTD = project_each(jnp.moveaxis(mixed_BTEX, 2, 0), out_EXD)
     return attended_EBTD + out_bias_ED.astype(self.dtype).reshape(E, 1, 1, D), cache
 
@@ -96,12 +110,24 @@ class ExpertBlocks(nn.Module):
     """hidden_EBTD: normalised, without gain and bias, which are folded into the first kernel."""
     c = self.config
     E, D, F = c.num_experts, c.embed_dim, c.ffn_multiplier * c.embed_dim
-    norm_scale_ED = self.param("ffn_norm_scale", nn.initializers.ones, (E, D))
-    norm_bias_ED = self.param("ffn_norm_bias", nn.initializers.zeros, (E, D))
-    kernel_EDF = self.param("ffn_in_kernel", fan_in_normal(D), (E, D, F))
-    bias_EF = self.param("ffn_in_bias", nn.initializers.zeros, (E, F))
-    out_EFD = self.param("ffn_out_kernel", fan_in_normal(F, self._residual_gain), (E, F, D))
-    out_bias_ED = self.param("ffn_out_bias", nn.initializers.zeros, (E, D))
+    norm_scale_ED = self.param(
+      "ffn_norm_scale", named(nn.initializers.ones, "expert", "embed"), (E, D)
+    )
+    norm_bias_ED = self.param(
+      "ffn_norm_bias", named(nn.initializers.zeros, "expert", "embed"), (E, D)
+    )
+    kernel_EDF = self.param(
+      "ffn_in_kernel", named(fan_in_normal(D), "expert", "embed", "hidden"), (E, D, F)
+    )
+    bias_EF = self.param("ffn_in_bias", named(nn.initializers.zeros, "expert", "hidden"), (E, F))
+    out_EFD = self.param(
+      "ffn_out_kernel",
+      named(fan_in_normal(F, self._residual_gain), "expert", "hidden", "embed"),
+      (E, F, D),
+    )
+    out_bias_ED = self.param(
+      "ffn_out_bias", named(nn.initializers.zeros, "expert", "embed"), (E, D)
+    )
     bias_EF = bias_EF + jnp.einsum("ED,EDF->EF", norm_bias_ED, kernel_EDF)
     inner_EBTF = project_each(hidden_EBTD, kernel_EDF * norm_scale_ED[:, :, None])
     inner_EBTF = jax.nn.gelu(inner_EBTF + bias_EF.astype(self.dtype).reshape(E, 1, 1, F))

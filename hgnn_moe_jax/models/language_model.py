@@ -16,8 +16,9 @@ from hgnn_moe_jax.models import head
 from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.coupling import Coupler
 from hgnn_moe_jax.models.expert import ExpertBlocks, matrices
-from hgnn_moe_jax.models.layers import LayerNorm, dropout, fan_in_normal
+from hgnn_moe_jax.models.layers import LayerNorm, Named, dropout, fan_in_normal, named
 from hgnn_moe_jax.models.routing import Pool
+from hgnn_moe_jax.sharding import constrain, data_shards, on_mesh
 
 Params = dict[str, Any]
 # (updates_EBTD, weights_BT) -> a pytree of arrays, the same for every layer.
@@ -43,6 +44,7 @@ class LanguageModel(NamedTuple):
   """Pure functions of the parameters.
 
   init(key) -> params
+  axes() -> a tree like the parameters of tuples: the name of each axis, or None; see `sharding`.
   features(params, inputs_BT, weights_BT, dropout_key) -> (x_BTD, Aux): what the head reads.
     dropout_key=None switches dropout off. weights_BT (0 or 1) only masks what Aux measures.
   logits(params, inputs_BT) -> [B, T, V] float32, without dropout.
@@ -56,6 +58,7 @@ class LanguageModel(NamedTuple):
   """
 
   init: Callable[[jax.Array], Params]
+  axes: Callable[[], dict[str, Any]]
   features: Callable[[Params, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Aux]]
   logits: Callable[[Params, jax.Array], jax.Array]
   init_cache: Callable[[int, int], KeyValueCache]
@@ -107,9 +110,10 @@ def _unroll(num_layers: int) -> int:
   """Layers per turn of the loop: one, but on CPU up to four.
 
   XLA's CPU backend copies a loop's stacked activations; a shallow model unrolled took 2/3 of the
-  time. Compile time stays bounded however deep the model is.
+  time. Compile time stays bounded however deep the model is. Many CPU devices are for trying things
+  out: there compiling is what takes long.
   """
-  return min(num_layers, 4) if jax.default_backend() == "cpu" else 1
+  return min(num_layers, 4) if jax.default_backend() == "cpu" and not on_mesh() else 1
 
 
 class Network(nn.Module):
@@ -140,15 +144,18 @@ class Network(nn.Module):
     # Rows of norm 1 and a head that reads normalised features: of 0.02, 0.1 and 0.3, 0.1 trained
     # fastest at D = 128.
     initializer = fan_in_normal(c.embed_dim)
-    table_VD = self.param("embedding", initializer, (self.vocab_size, c.embed_dim))
-    x_BTD = table_VD[inputs_BT]
+    table_VD = self.param(
+      "embedding", named(initializer, "vocab", "embed"), (self.vocab_size, c.embed_dim)
+    )
+    x_BTD = constrain(table_VD[inputs_BT], "data", None, None)
     if c.positions == "learned":
       shape = (c.max_length, c.embed_dim)
-      position_TD = self.param("positions", initializer, shape)
+      position_TD = self.param("positions", named(initializer, None, "embed"), shape)
       first = position_TD[None, : inputs_BT.shape[1]]
       x_BTD = x_BTD + (first if start_B is None else position_TD[position_BT])
     if not c.tie_embeddings:
-      self.param("head", initializer, (c.embed_dim, self.vocab_size))
+      shape = (c.embed_dim, self.vocab_size)
+      self.param("head", named(initializer, "embed", "vocab"), shape)
     layer_keys = None
     if key is not None:
       embedding_key, layers_key = jax.random.split(key)
@@ -164,7 +171,8 @@ class Network(nn.Module):
       split_rngs={"params": True},
       in_axes=in_axes,
       length=c.num_layers,
-      unroll=_unroll(c.num_layers),
+      unroll=1 if self.is_initializing() else _unroll(c.num_layers),
+      metadata_params={nn.PARTITION_NAME: None},
     )
     layers = scanned(c, self.dtype, self.measure, name="layers")
     x_BTD, report = layers(x_BTD, position_BT, weights_BT, layer_keys, cache)
@@ -189,6 +197,14 @@ def is_expert_parameter(path: tuple[Any, ...]) -> bool:
   return names[-3:-1] == ["layers", "experts"]
 
 
+def _each_parameter(read: Callable[[Named | None, Any], Any], tree: Any) -> Any:
+  """read(box, value) of every parameter; box is None if it was declared without names."""
+  is_box = lambda node: isinstance(node, Named)  # noqa: E731
+  return jax.tree.map(
+    lambda node: read(node, node.value) if is_box(node) else read(None, node), tree, is_leaf=is_box
+  )
+
+
 def head_kernel(params: Params) -> jax.Array:
   """[D, V] float32: the head's own kernel, or the embedding table transposed if it has none."""
   return params["head"] if "head" in params else params["embedding"].T
@@ -210,9 +226,18 @@ def build(
   dtype = compute_dtype(config)
   network = Network(config, vocab_size, dtype, measure, remat)
 
-  def init(key: jax.Array) -> Params:
+  def boxed(key: jax.Array) -> Any:
     inputs_BT = jnp.zeros((1, 2), jnp.int32)
     return dict(network.init(key, inputs_BT, jnp.ones((1, 2)), None)["params"])
+
+  def init(key: jax.Array) -> Params:
+    return _each_parameter(lambda box, value: value, boxed(key))
+
+  def axes() -> dict[str, Any]:
+    shapes = jax.eval_shape(boxed, jax.random.key(0))
+    return _each_parameter(
+      lambda box, value: box.names if box is not None else (None,) * value.ndim, shapes
+    )
 
   def features(params, inputs_BT, weights_BT, dropout_key) -> tuple[jax.Array, Aux]:
     output: Any = network.apply({"params": params}, inputs_BT, weights_BT, dropout_key)
@@ -239,14 +264,22 @@ def build(
     return head_logits(params, x_BTD), reading
 
   def loss(params, x_BTD, targets_BT, weights_BT) -> jax.Array:
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    rows = head.chunk_rows(x_ND.shape[0], vocab_size)
-    total: Any = head.linear_cross_entropy(
-      x_ND, head_kernel(params), targets_BT.reshape(-1), weights_BT.reshape(-1), rows, dtype
+    shards = data_shards()
+    x_sND, target_sN, weight_sN = (
+      a.reshape(shards, -1, *a.shape[2:]) for a in (x_BTD, targets_BT, weights_BT)
     )
-    return total
+    rows = head.chunk_rows(x_sND.shape[1], vocab_size)
+
+    def part(x_ND, target_N, weight_N) -> Any:
+      kernel_DV = head_kernel(params)
+      return head.linear_cross_entropy(x_ND, kernel_DV, target_N, weight_N, rows, dtype)
+
+    if shards == 1:
+      return part(x_sND[0], target_sN[0], weight_sN[0])
+    # Each device goes through the chunks of its own rows and sums the kernel's gradient once.
+    return jax.vmap(part, spmd_axis_name="data")(x_sND, target_sN, weight_sN).sum()
 
   def expert_matrices(params, target):
     return matrices(params["layers"]["experts"], target)
 
-  return LanguageModel(init, features, logits, init_cache, read, loss, expert_matrices)
+  return LanguageModel(init, axes, features, logits, init_cache, read, loss, expert_matrices)

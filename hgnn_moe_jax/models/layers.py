@@ -1,8 +1,12 @@
 """Small pieces that experts, couplers and the language model share."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from hgnn_moe_jax.sharding import on_mesh
 
 _NORM_EPSILON = 1e-5
 
@@ -21,8 +25,8 @@ class LayerNorm(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     dim = x.shape[-1]
-    scale_D = self.param("scale", nn.initializers.ones, (dim,))
-    bias_D = self.param("bias", nn.initializers.zeros, (dim,))
+    scale_D = self.param("scale", named(nn.initializers.ones, "embed"), (dim,))
+    bias_D = self.param("bias", named(nn.initializers.zeros, "embed"), (dim,))
     shape = (1,) * (x.ndim - 1) + (dim,)
     return normalize(x) * scale_D.reshape(shape) + bias_D.reshape(shape)
 
@@ -36,10 +40,28 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   keep = 256 - round(256 * rate)
   if key is None or keep == 256:
     return x
-  words = jax.random.bits(key, (-(-x.size // 4),), jnp.uint32)
-  byte = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: x.size].reshape(x.shape)
+  *leading, last = x.shape
+  words = jax.random.bits(key, (*leading, -(-last // 4)), jnp.uint32)
+  byte = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*leading, -1)[..., :last]
   scale = jnp.asarray(256.0 / keep, x.dtype)
   return jnp.where(byte < keep, x * scale, jnp.zeros((), x.dtype))
+
+
+class Named(nn.Partitioned):
+  """A new parameter with the names of its axes; who lays it out over devices reads them."""
+
+  def unbox(self, apply_constraint: bool = True) -> Any:
+    # Flax would take the names for those of the mesh's axes.
+    del apply_constraint
+    return self.value
+
+
+def named(initializer: nn.initializers.Initializer, *axes: str | None) -> Any:
+  """The initializer of a parameter whose axes have these names, see `sharding`.
+
+  Every axis has one; None is never split over devices.
+  """
+  return lambda *args: Named(initializer(*args), names=axes)
 
 
 def fan_in_normal(fan_in: int, gain: float = 1.0) -> nn.initializers.Initializer:
@@ -55,14 +77,27 @@ def project(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
   """x [..., D] times kernel [D, F] in x's dtype -> [..., F].
 
   Tokens are flattened to one axis: with several, XLA's CPU backend copies and transposes the
-  operands of the kernel's gradient, which took twice the time of the product itself.
+  operands of the kernel's gradient, which took twice the time of the product itself. On a mesh
+  they are not: axes that are each split over devices cannot be merged without moving their data.
   """
+  if on_mesh():
+    return jnp.einsum("...D,DF->...F", x, kernel_DF.astype(x.dtype))
   flat_ND = x.reshape(-1, x.shape[-1])
   return (flat_ND @ kernel_DF.astype(x.dtype)).reshape(*x.shape[:-1], kernel_DF.shape[-1])
 
 
+def project_all(x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
+  """x_BTD times a kernel [D, ...] of several output axes -> [B, T, ...]. See `project`."""
+  if on_mesh():
+    return jnp.tensordot(x_BTD, kernel.astype(x_BTD.dtype), 1)
+  flat_BTX = project(x_BTD, kernel.reshape(kernel.shape[0], -1))
+  return flat_BTX.reshape(*x_BTD.shape[:2], *kernel.shape[1:])
+
+
 def project_each(x_EBTD: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
   """Each expert's own product: x_EBTD, kernel_EDF -> [E, B, T, F] in x's dtype. See `project`."""
+  if on_mesh():
+    return jnp.einsum("EBTD,EDF->EBTF", x_EBTD, kernel_EDF.astype(x_EBTD.dtype))
   E, B, T, D = x_EBTD.shape
   flat_END = x_EBTD.reshape(E, B * T, D)
   product = jnp.einsum("END,EDF->ENF", flat_END, kernel_EDF.astype(x_EBTD.dtype))

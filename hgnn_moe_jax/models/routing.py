@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from hgnn_moe_jax.config import ModelConfig
-from hgnn_moe_jax.models.layers import LayerNorm, expert_mean
+from hgnn_moe_jax.models.layers import LayerNorm, expert_mean, named
 
 
 class Pool(nn.Module):
@@ -22,7 +22,7 @@ class Pool(nn.Module):
     E, (B, T, D) = y_EBTD.shape[0], x_BTD.shape
     if self.config.pooling == "mean" or E == 1:
       return expert_mean(y_EBTD), jnp.full((B, T, E), 1 / E)
-    kernel_DE = self.param("gate_kernel", nn.initializers.zeros, (D, E))
+    kernel_DE = self.param("gate_kernel", named(nn.initializers.zeros, "embed", None), (D, E))
     gate_BTE = jax.nn.softmax(LayerNorm(name="norm")(x_BTD) @ kernel_DE, axis=-1)
     pooled_BTD = jnp.einsum(
       "EBTD,BTE->BTD", y_EBTD, gate_BTE.astype(y_EBTD.dtype), preferred_element_type=jnp.float32

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax.sharding import Mesh
 
-from hgnn_moe_jax import extensions
+from hgnn_moe_jax import extensions, sharding
 from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.control import schedules, strategies
 from hgnn_moe_jax.control.adaptive import adaptive
@@ -28,7 +29,7 @@ from hgnn_moe_jax.training.state import TrainState
 class Assembly(NamedTuple):
   """Attributes:
   total_steps: length of the run.
-  abstract_state: shapes and dtypes of the TrainState.
+  abstract_state: shapes and dtypes of the TrainState, and on a mesh shardings.
   parameters: number of trained scalars.
   """
 
@@ -39,21 +40,31 @@ class Assembly(NamedTuple):
   total_steps: int
   abstract_state: TrainState
   parameters: int
+  mesh: Mesh | None
+
+  def shardings(self) -> Any:
+    """Of the TrainState; None without a mesh."""
+    if self.mesh is None:
+      return None
+    return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
 
-def assemble(config: Config, corpus: Corpus) -> Assembly:
+def assemble(config: Config, corpus: Corpus, mesh: Mesh | None = None) -> Assembly:
   """Builds everything without allocating any parameter."""
   total = total_steps(config, corpus.splits["train"].examples.num_examples)
-  return assemble_sized(config, corpus.tokenizer.vocab_size, total)
+  return assemble_sized(config, corpus.tokenizer.vocab_size, total, mesh)
 
 
-def assemble_sized(config: Config, vocab_size: int, total: int) -> Assembly:
+def assemble_sized(
+  config: Config, vocab_size: int, total: int, mesh: Mesh | None = None
+) -> Assembly:
   """As `assemble`, for a run whose text is not at hand.
 
   Args:
     config: of the run.
     vocab_size: V.
     total: its length in steps.
+    mesh: the devices of the run; None for one.
   """
   model = build_model(config, vocab_size)
   params = jax.eval_shape(model.init, jax.random.key(0))
@@ -62,7 +73,10 @@ def assemble_sized(config: Config, vocab_size: int, total: int) -> Assembly:
   controller = make_controller(config, total)
   state = jax.eval_shape(lambda: step.init_state(model, optimizer, controller, config.seed))
   parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-  return Assembly(model, optimizer, controller, learning_rate, total, state, parameters)
+  if mesh is not None:
+    where = sharding.parameter_shardings(mesh, config.mesh.fsdp, model.axes(), params)
+    state = sharding.with_shardings(state, sharding.state_shardings(mesh, state, params, where))
+  return Assembly(model, optimizer, controller, learning_rate, total, state, parameters, mesh)
 
 
 def build_model(config: Config, vocab_size: int) -> LanguageModel:

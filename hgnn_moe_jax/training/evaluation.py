@@ -1,17 +1,16 @@
 """Scoring a whole split: token perplexity, word perplexity, bits per byte."""
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from hgnn_moe_jax import sharding
 from hgnn_moe_jax.data.corpus import Split
-from hgnn_moe_jax.data.examples import gather, place
-from hgnn_moe_jax.data.pipeline import evaluation_indices
 from hgnn_moe_jax.models.language_model import LanguageModel, Params
-from hgnn_moe_jax.training.step import Feed, as_count, make_evaluation
+from hgnn_moe_jax.training.feeds import Placed, evaluation_feeds
+from hgnn_moe_jax.training.step import as_count, make_evaluation
 
 _BATCHES_PER_DISPATCH = 16
 
@@ -61,6 +60,7 @@ class Evaluator:
     max_length: T.
     fill: the id that pads.
     placement: data.placement.
+    mesh: that the parameters lie on; None for one device.
   """
 
   def __init__(
@@ -71,31 +71,16 @@ class Evaluator:
     max_length: int,
     fill: int,
     placement: str,
+    mesh: Mesh | None = None,
   ):
     self._split, self._batch_size = split, batch_size
-    self._max_length, self._fill = max_length, fill
-    self._num_examples = split.examples.num_examples
-    self._examples, self._on_device = place(split.examples, placement)
-    self._evaluate = make_evaluation(model, _BATCHES_PER_DISPATCH, max_length, fill)
+    self._placed = Placed(split.examples, placement, batch_size, max_length, fill, mesh)
+    where = None if mesh is None else sharding.replicated(mesh)
+    self._evaluate = make_evaluation(model, _BATCHES_PER_DISPATCH, max_length, fill, where)
 
   def __call__(self, params: Params) -> Score:
     """Scores every token of the split once; totals in float64."""
-    pending = [self._evaluate(params, feed, as_count(n)) for feed, n in self._feeds()]
+    feeds = evaluation_feeds(self._placed, self._batch_size, _BATCHES_PER_DISPATCH)
+    pending = [self._evaluate(params, feed, as_count(n)) for feed, n in feeds]
     total = math.fsum(float(x) for losses in pending for x in np.asarray(losses, np.float64))
     return score(total, self._split.tokens, self._split.words, self._split.bytes)
-
-  def _feeds(self) -> Iterator[tuple[Feed, int]]:
-    rows = list(evaluation_indices(self._num_examples, self._batch_size))
-    for first in range(0, len(rows), _BATCHES_PER_DISPATCH):
-      chunk = rows[first : first + _BATCHES_PER_DISPATCH]
-      yield self._feed(chunk), len(chunk)
-
-  def _feed(self, chunk: list[np.ndarray]) -> Feed:
-    missing = _BATCHES_PER_DISPATCH - len(chunk)
-    indices_KB = np.stack(chunk + [np.full_like(chunk[0], -1)] * missing)
-    if self._on_device:
-      return Feed(self._examples, indices_KB, None)
-    batches: list[Any] = [
-      gather(self._examples, i, self._max_length, self._fill) for i in indices_KB
-    ]
-    return Feed(None, None, jax.tree.map(lambda *a: np.stack(a), *batches))

@@ -10,27 +10,33 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from hgnn_moe_jax import sharding
 from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.data.corpus import Corpus, load_corpus, unigram_perplexity
-from hgnn_moe_jax.data.examples import Batch, Examples, gather, place
-from hgnn_moe_jax.data.pipeline import Order, host_batches
 from hgnn_moe_jax.errors import NonFiniteError, Preempted
-from hgnn_moe_jax.training import run_folder
+from hgnn_moe_jax.training import processes, run_folder
 from hgnn_moe_jax.training.assembly import Assembly, assemble, chance_levels
 from hgnn_moe_jax.training.checkpoint import Checkpointer
 from hgnn_moe_jax.training.evaluation import Evaluator
 from hgnn_moe_jax.training.events import Flags, changes, flags_of, no_flags
+from hgnn_moe_jax.training.feeds import Feeder
 from hgnn_moe_jax.training.optimizer import averaged_params
 from hgnn_moe_jax.training.progress import Display, Tracker, announce, make_display
-from hgnn_moe_jax.training.records import MetricWriter, environment, train_fields, write_json
+from hgnn_moe_jax.training.records import (
+  MetricWriter,
+  NoMetrics,
+  environment,
+  train_fields,
+  write_json,
+)
 from hgnn_moe_jax.training.state import StepRecord
-from hgnn_moe_jax.training.step import Feed, as_count, init_state, make_dispatch, make_train_step
+from hgnn_moe_jax.training.step import as_count, init_state, make_dispatch, make_train_step
 
 
 class Pending(NamedTuple):
@@ -39,36 +45,6 @@ class Pending(NamedTuple):
   first_step: int
   n: int
   records: StepRecord
-
-
-class Feeder:
-  """Feeds of up to K steps from any step on, from the device or prepared ahead by a thread."""
-
-  def __init__(self, examples: Examples, order: Order, config: Config, fill: int, start: int):
-    self._order, self._max_steps = order, config.training.steps_per_dispatch
-    self._length, self._fill = config.model.max_length, fill
-    self._examples, on_device = place(examples, config.data.placement)
-    self._batches: Iterator[Batch] | None = None
-    if not on_device:
-      self._batches = host_batches(examples, order, self._length, fill, start)
-
-  def example(self) -> Feed:
-    """A feed of the right shapes that takes nothing from the stream; for compilation."""
-    rows = np.full((self._max_steps, self._order.indices(0).size), -1, np.int32)
-    if self._batches is None:
-      return Feed(self._examples, rows, None)
-    batches = [gather(self._examples, row, self._length, self._fill) for row in rows]
-    return Feed(None, None, jax.tree.map(lambda *a: np.stack(a), *batches))
-
-  def __call__(self, step: int, n: int) -> Feed:
-    missing = self._max_steps - n
-    if self._batches is None:
-      rows = [self._order.indices(step + k) for k in range(n)]
-      return Feed(self._examples, np.stack(rows + rows[:1] * missing), None)
-    batches = [next(self._batches) for _ in range(n)]
-    return Feed(
-      None, None, jax.tree.map(lambda *a: np.stack(a), *(batches + batches[:1] * missing))
-    )
 
 
 class Clock:
@@ -119,18 +95,23 @@ def train(config: Config, workdir: pathlib.Path, quiet: bool = False) -> dict[st
     Preempted: SIGTERM or Ctrl-C; the state is saved.
   """
   config.validate()
-  with run_folder.locked(workdir):
+  mesh = sharding.make_mesh(config)
+  first = processes.is_first()
+  quiet = quiet or not first
+  with run_folder.locked(workdir) if first else nullcontext():
     announce(f"{config.name}: reading {config.data.source} {config.data.path}".rstrip(), quiet)
     corpus = load_corpus(config)
-    assembly = assemble(config, corpus)
-    details = _details(config, corpus, assembly)
-    run_folder.claim(workdir, config, details, corpus.tokenizer.definition)
+    assembly = assemble(config, corpus, mesh)
+    if first:
+      details = _details(config, corpus, assembly)
+      run_folder.claim(workdir, config, details, corpus.tokenizer.definition)
+    processes.wait_for_all("the run folder is claimed")
     announce(
       f"{assembly.parameters:,} parameters, {assembly.total_steps:,} steps of "
       f"{config.training.batch_size} x {config.model.max_length} tokens; compiling",
       quiet,
     )
-    with stop_requests() as stop:
+    with stop_requests() as stop, jax.set_mesh(mesh) if mesh is not None else nullcontext():
       run = Run(config, workdir, corpus, assembly, stop, quiet)
       try:
         return run.train()
@@ -156,7 +137,9 @@ class Run:
     self.checkpointer = Checkpointer(workdir, config.training.keep_checkpoints)
     restored = self.checkpointer.restore_latest(assembly.abstract_state)
     if restored is None:
-      self.state = init_state(assembly.model, assembly.optimizer, assembly.controller, config.seed)
+      self.state = init_state(
+        assembly.model, assembly.optimizer, assembly.controller, config.seed, assembly.shardings()
+      )
       note = {
         "metrics_bytes": 0,
         "tokens_seen": 0,
@@ -172,11 +155,13 @@ class Run:
     self.best, self.last = note["best"], note["last"]
     self.flags = Flags(**note["flags"])
     self.compile_seconds = 0.0
-    self.tracker = Tracker(config, workdir)
+    first = processes.is_first()
+    self.tracker = Tracker(config, workdir, active=first)
+    self.agree = processes.Agreement(assembly.mesh)
     self.display: Display = make_display(self.total, self.step, quiet)
     # Nothing is written again for a finished run: what evaluations have added to it stays.
     keep_bytes = note["metrics_bytes"] if self.step < self.total else None
-    self.metrics = MetricWriter(workdir, keep_bytes)
+    self.metrics = MetricWriter(workdir, keep_bytes) if first else NoMetrics()
     self.evaluator = Evaluator(
       assembly.model,
       corpus.splits["validation"],
@@ -184,6 +169,7 @@ class Run:
       config.model.max_length,
       self.fill,
       config.data.placement,
+      assembly.mesh,
     )
     if restored is not None:
       self.display.message(f"continuing {workdir} from step {self.step} of {self.total}")
@@ -200,10 +186,8 @@ class Run:
         parts.callback(part.close)
 
   def _train_steps(self) -> None:
-    c = self.config
-    train_split = self.corpus.splits["train"]
-    order = Order(train_split.examples.num_examples, c.seed, c.training.batch_size)
-    feeder = Feeder(train_split.examples, order, c, self.fill, self.step)
+    examples = self.corpus.splits["train"].examples
+    feeder = Feeder(examples, self.config, self.fill, self.step, self.assembly.mesh)
     dispatch = self._compile(feeder)
     pending: Pending | None = None
     self.clock.restart()
@@ -214,7 +198,7 @@ class Run:
         self._record(pending)
       pending = Pending(self.step, n, records)
       self.step += n
-      stopping = self.stop.is_set()  # Asked once: it may be set at any moment.
+      stopping = self.agree(self.stop.is_set())  # Asked once: it may be set at any moment.
       if self._due() or stopping:
         self._record(pending)
         pending = None
@@ -227,8 +211,9 @@ class Run:
     """The compiled dispatch; its time counts as compilation, not as training."""
     a, started = self.assembly, time.perf_counter()
     step = make_train_step(a.model, a.optimizer, a.controller, a.learning_rate, self.config)
+    where = None if a.mesh is None else (a.shardings(), sharding.replicated(a.mesh))
     dispatch = make_dispatch(
-      step, self.config.training.steps_per_dispatch, self.config.model.max_length, self.fill
+      step, self.config.training.steps_per_dispatch, self.config.model.max_length, self.fill, where
     )
     # From the state's shapes, not from its arrays: a continued run's, which lie where Orbax put
     # them, would give another program to compile.
@@ -351,7 +336,8 @@ class Run:
       "last": self.last,
       "device": environment()["device"],
     }
-    if self.compile_seconds or not (self.workdir / "summary.json").exists():
+    unchanged = not self.compile_seconds and (self.workdir / "summary.json").exists()
+    if processes.is_first() and not unchanged:
       write_json(self.workdir / "summary.json", summary)
     return summary
 

@@ -119,13 +119,16 @@ class Tracker:
   Args:
     config: `training.tensorboard` and `training.wandb_project` switch the two on.
     workdir: event files go to WORKDIR/tensorboard.
+    active: False to send nothing: of several processes only the first does.
 
   Raises:
     UserError: a package is missing; the message says which extra to install.
   """
 
-  def __init__(self, config: Config, workdir: Any):
+  def __init__(self, config: Config, workdir: Any, active: bool = True):
     self._board = self._wandb = None
+    if not active:
+      return
     if config.training.tensorboard:
       try:
         from tensorboardX import SummaryWriter

@@ -96,6 +96,19 @@ class MetricWriter:
       self._file.close()
 
 
+class NoMetrics:
+  """A MetricWriter of a process that is not the first: it writes nothing."""
+
+  def write(self, kind: str, step: int, **fields: Any) -> None:
+    pass
+
+  def flush(self) -> int:
+    return 0
+
+  def close(self) -> None:
+    pass
+
+
 def train_fields(record: StepRecord, signal: str, tokens_per_second: float) -> dict[str, Any]:
   """A step's record as the fields of a "train" line; `record` holds one step's numpy values."""
   fields: dict[str, Any] = {k: v for k, v in record._asdict().items() if v is not None}

@@ -14,6 +14,7 @@ from hgnn_moe_jax.control.base import Controller, Observation, Strengths
 from hgnn_moe_jax.data.examples import Batch, Examples, gather
 from hgnn_moe_jax.models.language_model import LanguageModel, Params
 from hgnn_moe_jax.orthogonality import gram, outputs, weights
+from hgnn_moe_jax.sharding import constrain
 from hgnn_moe_jax.training.state import StepRecord, TrainState
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepRecord]]
@@ -38,9 +39,19 @@ class WeightTerm(NamedTuple):
 
 
 def init_state(
-  model: LanguageModel, optimizer: optax.GradientTransformation, controller: Controller, seed: int
+  model: LanguageModel,
+  optimizer: optax.GradientTransformation,
+  controller: Controller,
+  seed: int,
+  shardings: Any = None,
 ) -> TrainState:
-  """The state at step 0, made in one jitted call so that no two leaves share a buffer."""
+  """The state at step 0, made in one jitted call so that no two leaves share a buffer.
+
+  Args:
+    model, optimizer, controller: what it is the state of.
+    seed: of the parameters and of dropout.
+    shardings: a tree like the state; its numbers do not depend on it.
+  """
 
   def init(seed: jax.Array) -> TrainState:
     init_key, key = jax.random.split(jax.random.key(seed))
@@ -54,7 +65,7 @@ def init_state(
     )
 
   # An argument, not a constant: one compiled program serves every seed.
-  return jax.jit(init)(np.uint32(seed))
+  return jax.jit(init, out_shardings=shardings)(np.uint32(seed))
 
 
 def make_train_step(
@@ -113,7 +124,8 @@ def make_train_step(
     gradient = jax.grad(data_loss, has_aux=True)
     if rounds == 1:
       return gradient(params, batch, strengths, total, key)
-    parts = jax.tree.map(lambda a: a.reshape(rounds, -1, *a.shape[1:]), batch)
+    # Every rounds-th row: a round then has its part of every device's rows.
+    parts = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, rounds, *a.shape[1:]), 0, 1), batch)
 
     def add_part(carry, xs):
       part, part_key = xs
@@ -201,18 +213,27 @@ class Feed(NamedTuple):
 def pick(feed: Feed, k: jax.Array | int, max_length: int, fill: int) -> Batch:
   """Batch k of the feed, gathered on the device if the tokens lie there."""
   if feed.examples is None:
-    return jax.tree.map(lambda a: a[k], feed.batches)
-  return gather(feed.examples, feed.indices_KB[k], max_length, fill)
+    batch = jax.tree.map(lambda a: a[k], feed.batches)
+  else:
+    batch = gather(feed.examples, feed.indices_KB[k], max_length, fill)
+  return jax.tree.map(lambda a: constrain(a, "data", None), batch)
 
 
 def make_dispatch(
-  train_step: TrainStep, max_steps: int, max_length: int, fill: int
+  train_step: TrainStep, max_steps: int, max_length: int, fill: int, shardings: Any = None
 ) -> Callable[[TrainState, Feed, Any], tuple[TrainState, StepRecord]]:
   """dispatch(state, feed, n) -> (state, records): n <= max_steps steps in one call.
 
   n is traced: whatever number of steps a dispatch takes, the same compiled loop body takes them,
   so results cannot depend on it. Records have a leading axis of max_steps, of which n are filled.
   The state's buffers are reused.
+
+  Args:
+    train_step: of `make_train_step`.
+    max_steps: K.
+    max_length: T.
+    fill: the id that pads.
+    shardings: of (state, records), on a mesh.
   """
 
   def dispatch(state: TrainState, feed: Feed, n: jax.Array) -> tuple[TrainState, StepRecord]:
@@ -227,13 +248,16 @@ def make_dispatch(
 
     return jax.lax.fori_loop(0, n, body, (state, records))
 
-  return jax.jit(dispatch, donate_argnums=0)
+  return jax.jit(dispatch, donate_argnums=0, out_shardings=shardings)
 
 
 def make_evaluation(
-  model: LanguageModel, max_batches: int, max_length: int, fill: int
+  model: LanguageModel, max_batches: int, max_length: int, fill: int, sharding: Any = None
 ) -> Callable[[Params, Feed, Any], jax.Array]:
-  """evaluate(params, feed, n) -> [max_batches] float32: each batch's weighted loss, nats."""
+  """evaluate(params, feed, n) -> [max_batches] float32: each batch's weighted loss, nats.
+
+  On a mesh, `sharding` is the result's.
+  """
 
   def evaluate(params: Params, feed: Feed, n: jax.Array) -> jax.Array:
     def body(k, losses_K):
@@ -243,7 +267,7 @@ def make_evaluation(
 
     return jax.lax.fori_loop(0, n, body, jnp.zeros(max_batches))
 
-  return jax.jit(evaluate)
+  return jax.jit(evaluate, out_shardings=sharding)
 
 
 def as_count(n: int) -> np.ndarray:

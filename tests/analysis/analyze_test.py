@@ -22,7 +22,7 @@ FIGURES = {
 }
 
 
-def test_a_report_of_a_run(finished_run, read_page):
+def test_a_report_of_a_run(finished_run, read_page, drawn):
   folder = finished_run
   path = analysis.analyze_adaptive_orthogonality(folder)
   assert path == folder / "analysis" / "report.html"
@@ -47,14 +47,14 @@ def test_a_report_of_a_run(finished_run, read_page):
   ],
   ids=["one expert", "mean", "attention", "hypergraph"],
 )  # fmt: skip
-def test_every_kind_of_model_has_its_figures(train, changes, missing):
+def test_every_kind_of_model_has_its_figures(train, changes, missing, drawn):
   folder = train("run", **changes)
   analysis.analyze_adaptive_orthogonality(folder)
   drawn = {path.stem for path in (folder / "analysis").glob("*.png")}
   assert drawn == FIGURES - missing
 
 
-def test_the_same_run_gives_the_same_figures(finished_run, tmp_path):
+def test_the_same_run_gives_the_same_figures(finished_run, tmp_path, drawn):
   one, two = (analysis.analyze_adaptive_orthogonality(finished_run, tmp_path / n) for n in "ab")
   for name in FIGURES - {"throughput"}:
     assert (one.parent / f"{name}.svg").read_bytes() == (two.parent / f"{name}.svg").read_bytes()
@@ -221,7 +221,7 @@ def test_a_text_that_is_not_at_hand(finished_run, field, value, reason):
   assert {p.stem for p in report.path.parent.glob("*.png")} == FIGURES - {"similarity", "couplings"}
 
 
-def test_an_unfinished_run_that_was_cut_short(finished_run, read_page):
+def test_an_unfinished_run_that_was_cut_short(finished_run, read_page, drawn):
   """Killed in the middle of its fifth record: no evaluation yet, and no checkpoint."""
   (finished_run / "summary.json").unlink()
   shutil.rmtree(finished_run / "checkpoints")

@@ -91,7 +91,7 @@ def test_the_page_holds_everything(groups, tmp_path, read_page):
   assert "Left out" not in text
 
 
-def test_it_leaves_out_what_a_run_has_not_logged(groups, tmp_path, read_page):
+def test_it_leaves_out_what_a_run_has_not_logged(groups, tmp_path, read_page, drawn):
   first = groups["b"][0]
   for field in ("weight_strength", "weight_specialization", "tokens_per_second"):
     del first.train[field]

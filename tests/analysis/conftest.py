@@ -1,8 +1,10 @@
 """Run folders to read: made up, line by line, or trained in seconds."""
 
+import base64
 import html.parser
 import json
 import math
+import pathlib
 import shutil
 
 import jax
@@ -11,6 +13,29 @@ import pytest
 from hgnn_moe_jax.analysis.compare import group_runs
 from hgnn_moe_jax.analysis.runs import read_run
 from hgnn_moe_jax.training import loop
+
+# One black pixel.
+_PNG = base64.b64decode(
+  "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture(autouse=True)
+def _sketches(request, monkeypatch):
+  """Figures are made but not drawn, which is most of a report's time, but for tests that ask."""
+  if "drawn" in request.fixturenames:
+    return
+
+  def save(figure, path, **_):
+    png = pathlib.Path(path).suffix == ".png"
+    pathlib.Path(path).write_bytes(_PNG if png else b"<svg></svg>")
+
+  monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+
+
+@pytest.fixture
+def drawn():
+  """For tests of what is to be seen."""
 
 
 @pytest.fixture

@@ -30,24 +30,24 @@ def _naive(q_BTGH, k_BTGH, v_BTGH):
 
 
 @pytest.fixture(scope="module")
-def attend(quick_jit):
+def attend():
   """(q, k, v), cotangent -> output and the three gradients."""
 
   def both(inputs, cotangent):
     out, pull = jax.vjp(lambda a: attention.causal_attention(*a), inputs)
     return out, pull(cotangent)[0]
 
-  return quick_jit(both)
+  return jax.jit(both)
 
 
-def test_two_tokens_by_hand(quick_jit):
+def test_two_tokens_by_hand():
   # One head, H = 4, so scores are divided by 2. Token 0 sees itself: v_0 = (1, 0, 0, 0). Token 1:
   # scores q k_0 / 2 = 2 ln 3 / 2 = ln 3 and q k_1 / 2 = 0, weights 3/4 and 1/4.
   q = np.zeros((1, 2, 1, 4), np.float32)
   k, v = q.copy(), q.copy()
   q[0, 1, 0, 0], k[0, 0, 0, 0] = 2, np.log(3)
   v[0, 0, 0, 0], v[0, 1, 0, 1] = 1, 8
-  out = quick_jit(attention.causal_attention)(q, k, v)
+  out = jax.jit(attention.causal_attention)(q, k, v)
   np.testing.assert_allclose(out[0, :, 0], [[1, 0, 0, 0], [0.75, 2, 0, 0]], rtol=1e-6)
 
 
@@ -80,9 +80,9 @@ def test_large_scores_do_not_overflow(attend):
   assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
-def test_bfloat16_stays_bfloat16_and_close(quick_jit):
+def test_bfloat16_stays_bfloat16_and_close():
   inputs = tuple(jnp.asarray(a, jnp.bfloat16) for a in _inputs())
-  out = quick_jit(attention.causal_attention)(*inputs)
+  out = jax.jit(attention.causal_attention)(*inputs)
   assert out.dtype == jnp.bfloat16
   wanted = _naive(*(np.asarray(a, np.float64) for a in inputs))
   np.testing.assert_allclose(np.asarray(out, np.float64), wanted, atol=0.03)

@@ -1,4 +1,4 @@
-"""What the tests of the models share: quick compilation, random parameters, twins' gradients."""
+"""What the tests of the models share: renamed experts and twins' gradients."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,14 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-
-# Compiling is nearly all of what these tests cost; without LLVM's optimisations and with the older
-# fusion code it takes a quarter of the time. The program compiled is the same.
-_QUICK = {
-  "xla_backend_optimization_level": 0,
-  "xla_llvm_disable_expensive_passes": True,
-  "xla_cpu_use_fusion_emitters": False,
-}
 
 
 def _relabel(params: Any, order: Sequence[int], edges: Sequence[Sequence[int]]) -> Any:
@@ -58,17 +50,6 @@ def _assert_slopes(
     got = np.sum(np.asarray(gradient, np.float64) * step) / 1e-5
     size = np.linalg.norm(gradient)
     np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance * size + 1e-7)
-
-
-@pytest.fixture(scope="session")
-def quick_jit():
-  """jax.jit that compiles quickly, where this version of XLA still knows how."""
-  options = _QUICK
-  try:
-    jax.jit(lambda: 0, compiler_options=_QUICK)()
-  except jax.errors.JaxRuntimeError:
-    options = None
-  return lambda function: jax.jit(function, compiler_options=options)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import meta
 from jax.extend import core as extend_core
 
 from hgnn_moe_jax.config import ModelConfig
@@ -69,7 +70,7 @@ def _normal(seed, *shape):
 def _shapes(config):
   y_EBTD = jax.ShapeDtypeStruct((config.num_experts, B, T, D), jnp.float32)
   shapes = jax.eval_shape(coupling.Coupler(config, F32).init, jax.random.key(0), y_EBTD)
-  return shapes.get("params", {})
+  return meta.unbox(shapes.get("params", {}))
 
 
 def _forward_and_pull(config):
@@ -84,13 +85,13 @@ def _forward_and_pull(config):
 
 
 @pytest.fixture(scope="module")
-def traced(quick_jit):
+def traced():
   """config -> traced forward and pullback: one trace per config serves all tests."""
 
   @functools.cache
   def make(config):
     y_EBTD = jax.ShapeDtypeStruct((config.num_experts, B, T, D), jnp.float32)
-    return quick_jit(_forward_and_pull(config)).trace(_shapes(config), y_EBTD, y_EBTD)
+    return jax.jit(_forward_and_pull(config)).trace(_shapes(config), y_EBTD, y_EBTD)
 
   return make
 

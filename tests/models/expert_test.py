@@ -85,7 +85,7 @@ def _naive_logits(config, params, inputs_BT):
   ],
   ids=["one-expert", "mean-of-three"],
 )
-def test_model_is_a_plain_transformer(config, quick_jit, random_params, assert_slopes):
+def test_model_is_a_plain_transformer(config, random_params, assert_slopes):
   # Random gains and biases everywhere: those folded into the projections count.
   model = _build(config)
   params = random_params(jax.eval_shape(model.init, jax.random.key(0)))
@@ -97,7 +97,7 @@ def test_model_is_a_plain_transformer(config, quick_jit, random_params, assert_s
     logits, pull = jax.vjp(lambda p: model.logits(p, inputs_BT), params)
     return logits, pull(cotangent)[0]
 
-  logits, gradients = quick_jit(both)(params, cotangent)
+  logits, gradients = jax.jit(both)(params, cotangent)
   wanted = _naive_logits(config, params, inputs_BT)
   np.testing.assert_allclose(logits, wanted, rtol=2e-4, atol=2e-4)
   assert_slopes(
@@ -171,9 +171,9 @@ def test_model_hands_out_its_experts_matrices(random_params):
   np.testing.assert_array_equal(given, params["layers"]["experts"]["ffn_in_kernel"])
 
 
-def test_experts_are_drawn_independently_and_to_scale(quick_jit):
+def test_experts_are_drawn_independently_and_to_scale():
   config = ModelConfig(embed_dim=32, num_layers=2, num_heads=2, num_experts=3, coupler_layers=1)
-  params = quick_jit(_build(config).init)(jax.random.key(0))
+  params = jax.jit(_build(config).init)(jax.random.key(0))
   # Fan-in of each product; products that write to the stream are scaled by 1 / sqrt(2 L) = 1/2.
   # D = N H = 32, F = 128; 1,024 entries at least, so a standard deviation is known to 2.2 %.
   stds = {

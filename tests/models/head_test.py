@@ -30,7 +30,7 @@ def _naive(x_ND, kernel_DV, weight_N, target_N):
 
 
 @pytest.fixture(scope="module")
-def loss(quick_jit):
+def loss():
   """(arguments, targets, rows) -> loss without gradient, loss with it, gradients."""
 
   def run(arguments, target_N, rows, dtype=F32, factor=1.0):
@@ -39,7 +39,7 @@ def loss(quick_jit):
       summed = head.linear_cross_entropy(x_ND, kernel_DV, target_N, weight_N, rows, dtype)
       return factor * summed
 
-    return quick_jit(lambda a: (plain(a), *jax.value_and_grad(plain)(a)))(arguments)
+    return jax.jit(lambda a: (plain(a), *jax.value_and_grad(plain)(a)))(arguments)
 
   return run
 

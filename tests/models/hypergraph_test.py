@@ -49,7 +49,7 @@ def _attended(edges, weight_M, score_EBT, normalization):
 
 
 @pytest.fixture(scope="module")
-def propagate(quick_jit):
+def propagate():
   """The plain operator [E, E] and its gradient by the weights."""
 
   @functools.cache
@@ -60,7 +60,7 @@ def propagate(quick_jit):
       operator, pull = jax.vjp(lambda w: hypergraph.propagation(H, w, normalization), weight_M)
       return operator, pull(cotangent_EE)[0]
 
-    return quick_jit(both)
+    return jax.jit(both)
 
   def run(edges, weight_M, normalization, num_experts, cotangent_EE):
     return compiled(edges, normalization, num_experts)(np.float32(weight_M), cotangent_EE)
@@ -69,7 +69,7 @@ def propagate(quick_jit):
 
 
 @pytest.fixture(scope="module")
-def attend(quick_jit):
+def attend():
   """The attended operator [E, E, B, T] and its gradients by weights and scores."""
 
   @functools.cache
@@ -81,7 +81,7 @@ def attend(quick_jit):
       out, pull = jax.vjp(operator, arguments)
       return out, pull(cotangent)[0]
 
-    return quick_jit(both)
+    return jax.jit(both)
 
   def run(edges, weight_M, score_EBT, normalization, cotangent):
     arguments = np.float32(weight_M), np.float32(score_EBT)

@@ -57,19 +57,19 @@ def built(random_params):
 
 
 @pytest.fixture(scope="module")
-def compiled(built, quick_jit):
+def compiled(built):
   """config -> compiled logits, parameters."""
 
   @functools.cache
   def make(config):
     model, params = built(config)
-    return quick_jit(model.logits), params
+    return jax.jit(model.logits), params
 
   return make
 
 
 @pytest.fixture(scope="module")
-def pulled(built, quick_jit):
+def pulled(built):
   """config -> compiled (params, cotangent of the logits) -> gradient, parameters."""
 
   @functools.cache
@@ -79,7 +79,7 @@ def pulled(built, quick_jit):
     def run(params, cotangent_BTV):
       return jax.vjp(lambda p: model.logits(p, _inputs()), params)[1](cotangent_BTV)[0]
 
-    return quick_jit(run), params
+    return jax.jit(run), params
 
   return make
 
@@ -179,7 +179,7 @@ def _naive_cross_entropy(logits_BTV, targets_BT, weights_BT):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_loss_is_the_cross_entropy_of_the_logits(tied, built, quick_jit, loop):
+def test_loss_is_the_cross_entropy_of_the_logits(tied, built, loop):
   model, params = built(_config(1, tie_embeddings=tied))
   assert ("head" in params) != tied
   inputs_BT, targets_BT = _inputs(), np.roll(_inputs(), -1, 1)
@@ -193,7 +193,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(tied, built, quick_jit, loop):
     return _naive_cross_entropy(model.logits(params, inputs_BT), targets_BT, weights_BT)
 
   both = [jax.value_and_grad(f, argnums=(0, 1)) for f in (chunked, whole)]
-  got, wanted = quick_jit(lambda *a: [f(*a) for f in both])(params, weights_BT)
+  got, wanted = jax.jit(lambda *a: [f(*a) for f in both])(params, weights_BT)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-4), got, wanted)
   assert all(np.any(g) for g in jax.tree.leaves(got[1][0]["layers"]["experts"]))
 
@@ -208,11 +208,11 @@ def test_loss_in_chunks_that_do_not_divide_the_batch(built, monkeypatch):
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
 
 
-def test_scan_is_the_layers_one_by_one(built, quick_jit):
+def test_scan_is_the_layers_one_by_one(built):
   config = _config(3)
   model, params = built(config)
   weights_BT = np.ones((B, T), np.float32)
-  layer = quick_jit(language_model.CoupledLayer(config, F32, _updates).apply)
+  layer = jax.jit(language_model.CoupledLayer(config, F32, _updates).apply)
   x_BTD = params["embedding"][_inputs()] + params["positions"][:T]
   reports = []
   for l in range(L):
@@ -222,14 +222,14 @@ def test_scan_is_the_layers_one_by_one(built, quick_jit):
   wanted = layers.LayerNorm().apply({"params": params["final_norm"]}, x_BTD)
   wanted_aux = jax.tree.map(lambda *a: np.stack(a), *reports)
   # Unrolled, as on CPU.
-  got, aux = quick_jit(model.features)(params, _inputs(), weights_BT, None)
+  got, aux = jax.jit(model.features)(params, _inputs(), weights_BT, None)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   close(got, wanted)
   jax.tree.map(close, aux, wanted_aux)
 
 
 @pytest.fixture(scope="module")
-def dropped(built, quick_jit):
+def dropped(built):
   """(remat) -> compiled (params, key) -> (loss, Aux), gradients, under dropout of a half."""
 
   @functools.cache
@@ -240,7 +240,7 @@ def dropped(built, quick_jit):
       x_BTD, aux = model.features(params, _inputs(), jnp.ones((B, T)), key)
       return jnp.sum(x_BTD * _normal(0, B, T, D)), (x_BTD, aux)
 
-    run = quick_jit(jax.value_and_grad(total, has_aux=True))
+    run = jax.jit(jax.value_and_grad(total, has_aux=True))
     with pytest.MonkeyPatch.context() as patch:  # as in `loop`
       patch.setattr(language_model, "_unroll", lambda num_layers: 1)
       return run.lower(params, jax.random.key(0)).compile(), params
@@ -285,16 +285,16 @@ def test_layers_experts_and_tokens_have_dropout_masks_of_their_own(dropped):
     assert np.any(halves[0] != halves[1])
 
 
-def test_without_key_there_is_no_dropout(built, quick_jit, loop):
+def test_without_key_there_is_no_dropout(built, loop):
   model, params = built(_config(2, "mean", dropout=0.5))
   plain, _ = built(_config(2, "mean", dropout=0.0))
   arguments = (params, _inputs(), np.ones((B, T), np.float32))
-  off = quick_jit(lambda *a: model.features(*a, None)[0])(*arguments)
-  wanted = quick_jit(lambda *a: plain.features(*a, jax.random.key(0))[0])(*arguments)
+  off = jax.jit(lambda *a: model.features(*a, None)[0])(*arguments)
+  wanted = jax.jit(lambda *a: plain.features(*a, jax.random.key(0))[0])(*arguments)
   np.testing.assert_allclose(off, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_is_close_and_parameters_stay_float32(built, quick_jit, loop):
+def test_bfloat16_is_close_and_parameters_stay_float32(built, loop):
   _, params = built(_config(2))
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
   params = jax.tree.map(lambda p: p * 0.5, params)
@@ -306,7 +306,7 @@ def test_bfloat16_is_close_and_parameters_stay_float32(built, quick_jit, loop):
       x_BTD, aux = model.features(params, _inputs(), jnp.ones((B, T)), None)
       return jnp.sum(x_BTD * _normal(0, B, T, D)), (x_BTD, aux)
 
-    return quick_jit(jax.value_and_grad(total, has_aux=True))(params)
+    return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
 
   (_, (rough_BTD, rough_aux)), rough = run("bfloat16")
   (_, (exact_BTD, exact_aux)), exact = run("float32")
@@ -334,9 +334,9 @@ def test_compute_dtype_on_accelerators(monkeypatch):
     assert language_model.compute_dtype(ModelConfig(compute_dtype="float32")) == jnp.float32
 
 
-def test_aux_reports_per_layer_and_from_valid_tokens_only(built, quick_jit, loop):
+def test_aux_reports_per_layer_and_from_valid_tokens_only(built, loop):
   model, params = built(_config(3), update_overlap)
-  run = quick_jit(lambda *a: model.features(*a, None))
+  run = jax.jit(lambda *a: model.features(*a, None))
   weights_BT = (np.arange(T)[None] < [[T - 2], [T - 3]]).astype(np.float32)
   x_BTD, aux = run(params, _inputs(), weights_BT)
   assert aux.gate_load_LE.shape == (L, 3) and aux.gate_entropy_L.shape == (L,)
@@ -364,10 +364,10 @@ def test_aux_reports_per_layer_and_from_valid_tokens_only(built, quick_jit, loop
   assert not np.any(nothing.gate_load_LE) and np.isfinite(jax.tree.leaves(nothing)[0]).all()
 
 
-def test_mean_pooling_reports_equal_loads(built, quick_jit, loop):
+def test_mean_pooling_reports_equal_loads(built, loop):
   model, params = built(_config(4, "mean", pooling="mean"))
   weights_BT = (np.arange(T)[None] < [[T - 2], [T - 3]]).astype(np.float32)
-  _, aux = quick_jit(lambda *a: model.features(*a, None))(params, _inputs(), weights_BT)
+  _, aux = jax.jit(lambda *a: model.features(*a, None))(params, _inputs(), weights_BT)
   np.testing.assert_allclose(aux.gate_load_LE, np.full((L, 4), 1 / 4), rtol=1e-6)
   np.testing.assert_allclose(aux.gate_entropy_L, np.full(L, math.log(4)), rtol=1e-6)
   assert aux.measured.shape == (L, 4, B, T, D)
@@ -394,11 +394,11 @@ def test_number_of_parameters():
   ("coupler", "positions"),
   [("graph", "learned"), ("graph", "rotary"), ("hypergraph", "learned"), ("attention", "rotary")],
 )
-def test_reading_on_is_reading_at_once(built, quick_jit, coupler, positions):
+def test_reading_on_is_reading_at_once(built, coupler, positions):
   """In pieces, with rows at different places and junk behind the shorter one."""
   model, params = built(_config(3, coupler, positions=positions))
-  whole_BTV = quick_jit(model.logits)(params, _inputs())
-  read = quick_jit(model.read)
+  whole_BTV = jax.jit(model.logits)(params, _inputs())
+  read = jax.jit(model.read)
   cache = model.init_cache(B, T)
   first_BTV, reading = read(params, cache, _inputs()[:, :3], np.zeros(B, np.int32))
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -412,14 +412,14 @@ def test_reading_on_is_reading_at_once(built, quick_jit, coupler, positions):
   close(reading.share_LBTE.sum(-1), np.ones((L, B, 2)))
 
 
-def test_shares_are_the_gates_where_experts_agree(built, quick_jit):
+def test_shares_are_the_gates_where_experts_agree(built):
   """Each expert's part in the pooled update, with E times the same expert and an uneven gate."""
   config = _config(3, "mean")
   model, params = built(config)
   experts = jax.tree.map(lambda a: np.repeat(a[:, :1], 3, axis=1), params["layers"]["experts"])
   params = {**params, "layers": {**params["layers"], "experts": experts}}
   cache = model.init_cache(B, T)
-  _, reading = quick_jit(model.read)(params, cache, _inputs(), np.zeros(B, np.int32))
-  _, aux = quick_jit(model.features)(params, _inputs(), np.ones((B, T), np.float32), None)
+  _, reading = jax.jit(model.read)(params, cache, _inputs(), np.zeros(B, np.int32))
+  _, aux = jax.jit(model.features)(params, _inputs(), np.ones((B, T), np.float32), None)
   assert np.ptp(aux.gate_load_LE) > 0.1
   np.testing.assert_allclose(reading.share_LBTE.mean((1, 2)), aux.gate_load_LE, rtol=1e-4)

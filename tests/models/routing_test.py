@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+from flax.core import meta
 
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models.routing import Pool
@@ -29,9 +30,9 @@ def _pool(pooling, num_experts=E):
   return Pool(ModelConfig(embed_dim=D, num_experts=num_experts, pooling=pooling))
 
 
-def test_gate_matches_naive_loops(quick_jit, random_params, assert_slopes):
+def test_gate_matches_naive_loops(random_params, assert_slopes):
   y_EBTD, x_BTD, pool = _normal(0, E, B, T, D), _normal(1, B, T, D), _pool("gate")
-  shapes = jax.eval_shape(pool.init, jax.random.key(0), y_EBTD, x_BTD)["params"]
+  shapes = meta.unbox(jax.eval_shape(pool.init, jax.random.key(0), y_EBTD, x_BTD)["params"])
   arguments = (random_params(shapes), y_EBTD, x_BTD)
   cotangents = _normal(2, B, T, D), _normal(3, B, T, E)
 
@@ -39,7 +40,7 @@ def test_gate_matches_naive_loops(quick_jit, random_params, assert_slopes):
     out, pull = jax.vjp(lambda a: pool.apply({"params": a[0]}, *a[1:]), arguments)
     return out, pull(cotangents)[0]
 
-  (pooled, gates), gradients = quick_jit(both)(arguments, cotangents)
+  (pooled, gates), gradients = jax.jit(both)(arguments, cotangents)
   wanted_pooled, wanted_gates = _naive(*arguments)
   np.testing.assert_allclose(pooled, wanted_pooled, rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(gates, wanted_gates, rtol=1e-5)
@@ -53,9 +54,9 @@ def test_gate_matches_naive_loops(quick_jit, random_params, assert_slopes):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "gate"])
-def test_pooling_starts_as_the_mean(pooling, quick_jit):
+def test_pooling_starts_as_the_mean(pooling):
   y_EBTD, x_BTD = _normal(0, E, B, T, D), _normal(1, B, T, D)
-  run = quick_jit(_pool(pooling).init_with_output)
+  run = jax.jit(_pool(pooling).init_with_output)
   (pooled, gates), variables = run(jax.random.key(0), y_EBTD, x_BTD)
   np.testing.assert_allclose(gates, np.full((B, T, E), 1 / 3), rtol=1e-6)
   np.testing.assert_allclose(pooled, y_EBTD.mean(0), rtol=1e-5, atol=1e-6)

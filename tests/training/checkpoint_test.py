@@ -1,8 +1,10 @@
 """What is saved comes back bit for bit; what is damaged is noticed, named and skipped."""
 
+import itertools
 import logging
 import pathlib
 import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from hgnn_moe_jax.errors import UserError
-from hgnn_moe_jax.training.checkpoint import Checkpointer, checksums
+from hgnn_moe_jax.training.checkpoint import Checkpointer, _weighted_sum, checksums
 from hgnn_moe_jax.training.state import TrainState
 
 # Orbax leaves coroutines behind when it cannot read a file.
@@ -213,17 +215,63 @@ def test_a_damaged_loss_costs_the_rank_and_not_the_checkpoint(
   assert checkpointer.best_step() == 9
 
 
-def test_checksums_are_those_of_the_bytes():
-  """A golden: CRC-32 of b"123456789" is 0xCBF43926 (ITU-T V.42)."""
-  state = make_state(0)._replace(step=jnp.asarray(np.frombuffer(b"123456789", np.uint8)))
+def test_checksums_by_hand():
+  """1 x 3 + 3 x 0 + 5 x 255; a float counts as its 32 bits; the note's is CRC-32 of its JSON."""
+  state = make_state(0)._replace(
+    step=jnp.asarray([3, 0, 255], jnp.uint8),
+    params={"head": jnp.ones((2, 1)), "bias": jnp.ones(())},
+  )
   sums = checksums(state, {})
-  assert sums["step"] == 0xCBF43926
+  assert sums["step"] == 3 + 5 * 255
+  assert sums["params/bias"] == 0x3F800000
+  assert sums["params/head"] == (1 + 3) * 0x3F800000 % 2**32
+  assert sums["note"] == zlib.crc32(b"{}")
   assert set(sums) == {
     *("step", "params/head", "params/bias", "opt_state/0/mu", "opt_state/1"),
     *("control/on", "control/count", "key", "note"),
   }
   other = checksums(state._replace(key=jax.random.key(1)), {"a": 1})
   assert {name for name in sums if sums[name] != other[name]} == {"key", "note"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32", "uint8", "bool", "bfloat16"])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4)])
+def test_any_changed_element_and_any_exchange_of_two_changes_the_checksum(dtype, shape):
+  rng = np.random.default_rng(0)
+  values = rng.permutation(int(np.prod(shape))).reshape(shape) % 251
+  base = jnp.asarray(values, dtype)
+  wanted = sum_of(base)
+  for i in range(base.size):
+    changed = base.reshape(-1).at[i].set(jnp.asarray(values.reshape(-1)[i] == 0, dtype))
+    if (changed != base.reshape(-1)).any():
+      assert sum_of(changed.reshape(shape)) != wanted
+  if dtype != "bool" and base.size > 1:
+    assert sum_of(jnp.flip(base.reshape(-1)).reshape(shape)) != wanted
+
+
+@pytest.mark.parametrize("cut", [(1, 1, 1), (2, 1, 3), (2, 2, 1), (1, 4, 3)])
+def test_a_checksum_is_the_sum_over_the_parts(cut):
+  """However an array is cut into blocks, also beyond 2^31 elements."""
+  shape = (4, 8, 6)
+  whole = np.random.default_rng(1).integers(0, 2**32, shape, np.uint32)
+  everything = tuple(slice(None) for _ in shape)
+  parts = 0
+  for block in itertools.product(*(range(n) for n in cut)):
+    index = tuple(
+      slice(k * s // n, (k + 1) * s // n) for k, s, n in zip(block, shape, cut, strict=True)
+    )
+    parts += int(_weighted_sum(whole[index], index, shape))
+  assert parts % 2**32 == int(_weighted_sum(whole, everything, shape))
+  naive = sum((2 * i + 1) * int(v) for i, v in enumerate(whole.reshape(-1))) % 2**32
+  assert parts % 2**32 == naive
+  far = (slice(3, 4), slice(7, 8), slice(2**30, 2**30 + 2))
+  index = 2**31 * (3 * 8 + 7) + 2**30
+  got = _weighted_sum(np.asarray([[[5, 7]]], np.uint32), far, (4, 8, 2**31))
+  assert int(got) == ((2 * index + 1) * 5 + (2 * index + 3) * 7) % 2**32
+
+
+def sum_of(array):
+  return checksums(make_state(0)._replace(step=array), {})["step"]
 
 
 def test_a_full_disk_is_a_user_error(open_folder, monkeypatch, tmp_path):

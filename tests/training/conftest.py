@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -56,6 +57,38 @@ def read_metrics():
     return records
 
   return read
+
+
+@pytest.fixture(scope="session")
+def assert_same_curve():
+  """assert_same_curve(records, wanted): losses to 1e-5, all else that was measured nearly so."""
+
+  def compare(records: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    assert [(r["kind"], r["step"]) for r in records] == [(r["kind"], r["step"]) for r in wanted]
+    for ours, theirs in zip(records, wanted, strict=True):
+      assert ours.keys() == theirs.keys()
+      for field, value in theirs.items():
+        if "loss" in field:
+          np.testing.assert_allclose(ours[field], value, rtol=1e-5, err_msg=f"{theirs['step']}")
+        elif isinstance(value, float | list):
+          np.testing.assert_allclose(ours[field], value, rtol=1e-3, atol=1e-5, err_msg=field)
+        else:
+          assert ours[field] == value, field
+
+  return compare
+
+
+@pytest.fixture
+def rewound():
+  """rewound(folder, copy, step) -> a copy of a finished run as it was before the checkpoint."""
+
+  def make(folder: pathlib.Path, copy: pathlib.Path, step: int) -> pathlib.Path:
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "checkpoints" / str(step))
+    (copy / "summary.json").unlink()
+    return copy
+
+  return make
 
 
 @pytest.fixture(scope="session")

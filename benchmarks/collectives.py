@@ -1,0 +1,126 @@
+"""What a compiled program communicates, read off its HLO text."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_BYTES = {
+  "pred": 1,
+  "s8": 1,
+  "u8": 1,
+  "bf16": 2,
+  "f16": 2,
+  "s32": 4,
+  "u32": 4,
+  "f32": 4,
+  "s64": 8,
+  "u64": 8,
+  "f64": 8,
+}
+_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_INSTRUCTION = re.compile(
+  rf"= (?P<shape>.*?) (?P<kind>{'|'.join(_KINDS)})(?:-start)?\((?P<operands>.*?)\)(?P<rest>.*)$"
+)
+_LOOP = re.compile(r" while\(.*body=%?(?P<body>[\w.\-]+)(?P<rest>.*)$")
+_CALL = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+class Collective(NamedTuple):
+  """One instruction, as often as a call of the program runs it.
+
+  Attributes:
+    kind: e.g. "all-reduce".
+    devices: in each group that communicates.
+    bytes: of the result on one device.
+    times: in one call.
+  """
+
+  kind: str
+  devices: int
+  bytes: int
+  times: int
+
+  @property
+  def sent(self) -> float:
+    """Bytes that each device sends in one call, by ring algorithms (Patarasuk and Yuan 2009)."""
+    n = self.devices
+    factor = {
+      "all-reduce": 2 * (n - 1) / n,
+      "all-gather": (n - 1) / n,
+      "reduce-scatter": n - 1,  # the result is 1/n of what is reduced
+      "all-to-all": (n - 1) / n,
+      "collective-permute": 1,
+    }[self.kind]
+    return factor * self.bytes * self.times
+
+
+def collectives(hlo: str, num_devices: int) -> list[Collective]:
+  """All collectives of a program.
+
+  Args:
+    hlo: `compiled.as_text()`.
+    num_devices: of the program; the size of a group that names none.
+
+  Raises:
+    ValueError: a loop that communicates runs an unknown number of times.
+  """
+  computations = _computations(hlo)
+  entry = next(name for name in computations if name.startswith("ENTRY "))
+  return list(_of(computations, entry, num_devices, times=1))
+
+
+def _computations(hlo: str) -> dict[str, list[str]]:
+  """Name -> lines. The entry's name begins with "ENTRY "."""
+  found: dict[str, list[str]] = {}
+  lines: list[str] = []
+  for line in hlo.splitlines():
+    head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+    if head:
+      lines = found.setdefault((head[1] or "") + head[2], [])
+    else:
+      lines.append(line)
+  return found
+
+
+def _of(
+  computations: dict[str, list[str]], name: str, num_devices: int, times: int | None
+) -> Iterator[Collective]:
+  for line in computations.get(name, []):
+    if found := _INSTRUCTION.search(line):
+      if times is None:
+        raise ValueError(f"a loop of unknown length communicates: {line.strip()[:80]}")
+      devices = _group_size(found["rest"], num_devices)
+      if devices > 1:
+        yield Collective(found["kind"], devices, _size(found["shape"]), times)
+    elif found := _LOOP.search(line):
+      trips = _TRIPS.search(found["rest"])
+      inner = times * int(trips[1]) if trips and times is not None else None
+      yield from _of(computations, found["body"], num_devices, inner)
+    else:
+      called = _CALL.findall(line)
+      for branches in _BRANCHES.findall(line):
+        called += [b.strip().lstrip("%") for b in branches.split(",")]
+      for callee in called:
+        yield from _of(computations, callee, num_devices, times)
+
+
+def _size(shape: str) -> int:
+  """Bytes of a shape; of a tuple, of all its parts."""
+  return sum(
+    _BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
+    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    if dtype in _BYTES
+  )
+
+
+def _group_size(rest: str, num_devices: int) -> int:
+  if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
+    return int(found[2])
+  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+    return len(found[1].split(","))
+  if "source_target_pairs" in rest:
+    return 2
+  return num_devices

@@ -1,0 +1,200 @@
+"""What training needs on more devices than are there: XLA's own account, before anything runs.
+
+python -m benchmarks.scaling --shape=large,10b --devices=8,64,256 --out=FILE
+
+Every cell is compiled ahead of time for so many virtual CPU devices. Memory per device is XLA's
+plan of the program's buffers; bytes sent per device and step are those of the collectives that its
+partitioner put into the program. Times on real devices are predicted from these and from data
+sheets: operations / (peak x utilization) and bytes / link, one hidden behind the other (lower
+bound) or one after the other (upper bound).
+"""
+
+import pathlib
+import re
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import AxisType, Mesh
+
+from benchmarks.collectives import Collective, collectives
+from benchmarks.train_step import COUPLERS, EVERYWHERE, SHAPES, forward_flops, shape_fields
+from hgnn_moe_jax import cli, sharding
+from hgnn_moe_jax.config import Config, with_fields
+from hgnn_moe_jax.data.examples import Batch
+from hgnn_moe_jax.errors import UserError
+from hgnn_moe_jax.training.assembly import assemble_sized
+from hgnn_moe_jax.training.records import environment, write_json
+from hgnn_moe_jax.training.step import make_train_step
+
+_MOST_DEVICES = 256
+
+# Name -> (fields, vocabulary). The batch size is that of one part of the data axis.
+FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
+  "tiny": ({**SHAPES["tiny"][0], "model.num_experts": 4, "training.batch_size": 2}, 64),
+  "large": SHAPES["large"],
+  "10b": (shape_fields(1024, 12, 64, 8, 1024, 16), 50304),
+}
+MESHES: dict[str, dict[int, list[tuple[int, int, int]]]] = {
+  "tiny": {8: [(2, 2, 2)], 64: [(16, 2, 2)], 256: [(64, 2, 2)]},
+  "large": {8: [(8, 1, 1), (1, 8, 1)], 64: [(64, 1, 1), (8, 8, 1)], 256: [(256, 1, 1), (32, 8, 1)]},
+  "10b": {8: [(1, 8, 1)], 64: [(8, 8, 1), (1, 64, 1), (4, 8, 2)], 256: [(32, 8, 1), (4, 64, 1)]},
+}
+
+
+class Device(NamedTuple):
+  """Data-sheet figures. `link`: bytes per second out of one device, to others of its node and to
+  other nodes."""
+
+  flops: float
+  node: float
+  link: float
+  network: float
+
+
+# bfloat16 without sparsity; NVLink one way; one 200 or 400 Gb/s port per GPU.
+DEVICES = {
+  "A100": Device(312e12, 8, 300e9, 25e9),
+  "H100": Device(989e12, 8, 450e9, 50e9),
+  "H200": Device(989e12, 8, 450e9, 50e9),
+}
+_UTILIZATION = 0.45  # assumed: no GPU has been measured
+
+
+def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -> dict[str, Any]:
+  """Compiles one training step on a mesh of virtual devices.
+
+  Returns:
+    seconds of compiling, bytes per device, and collectives.
+  """
+  count = shape[0] * shape[1] * shape[2]
+  grid = np.asarray(jax.devices()[:count]).reshape(shape)
+  mesh = Mesh(grid, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+  with jax.set_mesh(mesh):
+    a = assemble_sized(config, vocab_size, config.training.steps, mesh)
+    step = make_train_step(a.model, a.optimizer, a.controller, a.learning_rate, config)
+    rows = (config.training.batch_size, config.model.max_length)
+    where = sharding.batch_rows(mesh, leading=0)
+    ids = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=where)
+    weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=where)
+    jitted = jax.jit(
+      step, donate_argnums=0, out_shardings=(a.shardings(), sharding.replicated(mesh))
+    )
+    started = time.perf_counter()
+    compiled = jitted.lower(a.abstract_state, Batch(ids, ids, weights)).compile()
+  memory: Any = compiled.memory_analysis()
+  return {
+    "compile_seconds": time.perf_counter() - started,
+    "parameters": a.parameters,
+    "state_bytes": int(memory.argument_size_in_bytes),
+    "temporary_bytes": int(memory.temp_size_in_bytes),
+    "collectives": collectives(compiled.as_text(), count),
+  }
+
+
+def predicted(cell: dict[str, Any], flops: int, count: int, device: Device) -> tuple[float, float]:
+  """Seconds per step if communication hides behind the products, and if it comes after them."""
+  work = flops / count / device.flops / _UTILIZATION
+  talk = 0.0
+  for c in cell["collectives"]:
+    # A group that is no larger than a node is taken to lie within one: the mesh keeps the expert
+    # and the model axis together.
+    talk += c.sent / (device.link if c.devices <= device.node else device.network)
+  return max(work, talk), work + talk
+
+
+def summarize(found: list[Collective]) -> dict[str, float]:
+  """Bytes that a device sends in a step, by kind."""
+  return {
+    kind: sum(c.sent for c in found if c.kind == kind) for kind in sorted({c.kind for c in found})
+  }
+
+
+def measure(shape: str, count: int, mesh: tuple[int, int, int], coupler: str) -> dict[str, Any]:
+  """One cell of the table."""
+  fields, vocab_size = FAMILIES[shape]
+  per_part = fields["training.batch_size"]
+  config = with_fields(
+    Config(name=shape),
+    {
+      **EVERYWHERE,
+      **fields,
+      **COUPLERS[coupler],
+      "model.compute_dtype": "bfloat16",
+      "training.batch_size": per_part * mesh[0],
+      "training.remat": True,
+      "mesh.fsdp": True,
+    },
+  ).validate()
+  cell = compile_cell(config, vocab_size, mesh)
+  flops = 3 * forward_flops(with_fields(config, {"training.batch_size": per_part}), vocab_size)
+  flops *= mesh[0]
+  times = {name: predicted(cell, flops, count, device) for name, device in DEVICES.items()}
+  found = cell.pop("collectives")
+  return {
+    "shape": shape,
+    "coupler": coupler,
+    "devices": count,
+    "mesh": mesh,
+    "batch": per_part * mesh[0],
+    "tokens": per_part * mesh[0] * config.model.max_length,
+    **cell,
+    "matmul_flops": flops,
+    "sent_bytes": summarize(found),
+    "predicted_seconds": {name: list(pair) for name, pair in times.items()},
+  }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+  names = list(DEVICES)
+  lines = [
+    "| shape | parameters | devices | data x expert x model | tokens a step "
+    f"| state + temporary, GB | sent, GB | {' | '.join(f'{n}, s' for n in names)} |",
+    "|---" * (7 + len(names)) + "|",
+  ]
+  for r in results:
+    mesh = " x ".join(map(str, r["mesh"]))
+    sent = sum(r["sent_bytes"].values()) / 1e9
+    times = [f"{low:.2f} to {high:.2f}" for low, high in r["predicted_seconds"].values()]
+    lines.append(
+      f"| {r['shape']} | {r['parameters'] / 1e9:.2f} B | {r['devices']} | {mesh} | {r['tokens']:,} "
+      f"| {r['state_bytes'] / 1e9:.1f} + {r['temporary_bytes'] / 1e9:.1f} | {sent:.1f} "
+      f"| {' | '.join(times)} |"
+    )
+  return "\n".join(lines)
+
+
+def main() -> None:
+  """The command."""
+  shapes = flags.DEFINE_list("shape", ["large", "10b"], f"Of {', '.join(FAMILIES)}.")
+  counts = flags.DEFINE_list("devices", ["8", "64", "256"], "Of 8, 64, 256.")
+  coupler = flags.DEFINE_enum("coupler", "graph", list(COUPLERS), "The coupler.")
+  out = flags.DEFINE_string("out", None, "JSON file for the result.")
+
+  def run(argv: list[str]) -> None:
+    cli.refuse_words(argv)
+    if unknown := [name for name in shapes.value if name not in FAMILIES]:
+      raise UserError(f"--shape={unknown[0]}: use some of {','.join(FAMILIES)}")
+    if unknown := [n for n in counts.value if not re.fullmatch("8|64|256", n)]:
+      raise UserError(f"--devices={unknown[0]}: use some of 8,64,256")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", _MOST_DEVICES)
+    results = []
+    for shape in shapes.value:
+      for count in map(int, counts.value):
+        for mesh in MESHES[shape][count]:
+          results.append(measure(shape, count, mesh, coupler.value))
+          print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+    print(table(results))
+    if out.value:
+      write_json(pathlib.Path(out.value), {**environment(), "measurements": results})
+
+  cli.start(run)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,179 @@
+"""Where arrays lie on many devices: one mesh with the axes data, expert and model.
+
+Parameters name their axes where they are declared (`models.layers.named`), activations where they
+are made (`constrain`); this module says which mesh axis each name is split over. Everything else,
+collectives included, is XLA's partitioner (GSPMD, Xu et al. 2021, arXiv 2105.04663). Results are
+those of one device but for rounding.
+
+Without a mesh, on one device, nothing here does anything.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from hgnn_moe_jax.config import Config
+from hgnn_moe_jax.errors import ConfigError
+
+AXES = ("data", "expert", "model")
+
+# Name of an array's axis -> mesh axis. "embed" is split over data if mesh.fsdp is set.
+_SPLIT_OVER = {"expert": "expert", "heads": "model", "hidden": "model", "vocab": "model"}
+
+
+def make_mesh(config: Config) -> Mesh | None:
+  """The mesh over all devices of all processes; None if there is only one device.
+
+  Its order is data, expert, model: neighbouring devices share the model axis, which communicates
+  most.
+
+  Raises:
+    ConfigError: the axes' sizes do not multiply to the number of devices, or a batch cannot be
+      divided over the data axis.
+  """
+  m, count = config.mesh, jax.device_count()
+  rest = m.expert * m.model
+  data = m.data or max(1, count // rest)
+  if data * rest != count:
+    raise ConfigError(
+      "mesh.data",
+      m.data,
+      f"mesh.data x mesh.expert={m.expert} x mesh.model={m.model} has to be {count}, the number of "
+      "devices",
+    )
+  t = config.training
+  sizes = {"training.batch_size": t.batch_size // t.accumulation}
+  if config.evaluation.batch_size:
+    sizes["evaluation.batch_size"] = config.evaluation.batch_size
+  for field, size in sizes.items():
+    if size % data:
+      rounds = " in each of training.accumulation rounds" if "training" in field else ""
+      raise ConfigError(field, size, f"use a multiple of the {data} parts of mesh.data{rounds}")
+  if count == 1:
+    return None
+  devices = np.asarray(jax.devices()).reshape(data, m.expert, m.model)
+  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """x, split over these mesh axes where there is a mesh; the remaining axes are not split.
+
+  An axis that cannot be divided evenly is not split either.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  spec = [a if a and x.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(axes)]
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def on_mesh() -> bool:
+  """Whether the function that is being traced will run on several devices."""
+  return not jax.sharding.get_abstract_mesh().empty
+
+
+def data_shards() -> int:
+  """Number of parts that a batch is split into while a function is traced; 1 without a mesh."""
+  return jax.sharding.get_abstract_mesh().shape["data"] if on_mesh() else 1
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_rows(mesh: Mesh, leading: int) -> NamedSharding:
+  """Of arrays whose axis after `leading` others is the batch."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * leading, "data"))
+
+
+def parameter_shardings(mesh: Mesh, fsdp: bool, names: Any, shapes: Any) -> Any:
+  """A tree of shardings like the parameters.
+
+  Args:
+    mesh: of `make_mesh`.
+    fsdp: split "embed" axes over data (fully sharded data parallel; Zhao et al. 2023,
+      arXiv 2304.11277).
+    names: tree of tuples, one name or None per axis, as `LanguageModel.axes` gives it.
+    shapes: tree of arrays or shapes.
+  """
+  split_over = {**_SPLIT_OVER, **({"embed": "data"} if fsdp else {})}
+
+  def one(shape, axes):
+    over: list[str | None] = [split_over.get(name) for name in axes]
+    # A vocabulary of 50,257 cannot be divided: such an axis stays whole.
+    over = [a if a and shape.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(over)]
+    # An axis of the mesh may split one axis of an array only.
+    unique = [a if a not in over[:i] else None for i, a in enumerate(over)]
+    return NamedSharding(mesh, PartitionSpec(*unique))
+
+  return jax.tree.map(one, shapes, names)
+
+
+def state_shardings(mesh: Mesh, state: Any, params: Any, shardings: Any) -> Any:
+  """A tree of shardings like the state: what mirrors a parameter lies where the parameter lies.
+
+  Args:
+    mesh: of `make_mesh`.
+    state: tree of shapes with the parameters somewhere in it, and with trees like them (moments,
+      averages); what is like no parameter is kept whole on every device.
+    params, shardings: the parameters' shapes and `parameter_shardings`.
+  """
+  known = {
+    _names(path): (leaf.shape, sharding)
+    for (path, leaf), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+    )
+  }
+
+  def one(path, leaf):
+    names = _names(path)
+    for first in range(len(names)):
+      shape, sharding = known.get(names[first:], (None, None))
+      if shape == leaf.shape:
+        return sharding
+    return replicated(mesh)
+
+  return jax.tree_util.tree_map_with_path(one, state)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+  return tuple(str(getattr(part, "key", getattr(part, "name", part))) for part in path)
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+  """The ShapeDtypeStructs with these shardings."""
+  return jax.tree.map(
+    lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
+  )
+
+
+def share(mesh: Mesh | None) -> tuple[int, int]:
+  """(p, n): of a batch in n equal parts, in order, this process needs part p.
+
+  Processes whose devices differ in the expert or model axis only need the same part.
+
+  Raises:
+    ConfigError: the processes' devices do not share the data axis evenly.
+  """
+  if mesh is None:
+    return 0, 1
+  here, count = jax.process_index(), len(mesh.devices)
+  own = [k for k, row in enumerate(mesh.devices) if any(d.process_index == here for d in row.flat)]
+  if count % len(own) or own[0] % len(own):
+    raise ConfigError(
+      "mesh.data", count, f"use a multiple or a divisor of the {jax.process_count()} processes"
+    )
+  return own[0] // len(own), count // len(own)
+
+
+def put(array: np.ndarray, where: NamedSharding) -> jax.Array:
+  """The array, of which every process has the whole, laid out over all devices."""
+  return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
+def put_rows(part: np.ndarray, where: NamedSharding, axis: int, size: int) -> jax.Array:
+  """The array whose axis `axis`, of `size` rows in all, is in parts among the processes."""
+  shape = (*part.shape[:axis], size, *part.shape[axis + 1 :])
+  return jax.make_array_from_process_local_data(where, part, shape)

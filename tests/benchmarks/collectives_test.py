@@ -1,0 +1,60 @@
+"""Collectives read off HLO text: a program written by hand, and one that XLA partitions."""
+
+import pytest
+
+from benchmarks.collectives import Collective, collectives
+
+LOOP = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %x = f32[8,4]{1,0} get-tuple-element(%p), index=1
+  %r = f32[8,4]{1,0} all-reduce(%x), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %t = (s32[], f32[8,4]) tuple(%i, %r)
+}
+
+%condition (p: (s32[], f32[8,4])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[16,4] {
+  %w = (s32[], f32[8,4]) while(%init), condition=%condition, body=%body, CONFIG
+  %y = f32[8,4]{1,0} get-tuple-element(%w), index=1
+  %s = (bf16[2,4], bf16[2]) all-gather-start(%y), replica_groups={{0,1},{2,3}}, dimensions={0}
+  %d = bf16[2,4] all-gather-done(%s)
+  %alone = f32[4] all-reduce(%y), replica_groups={{0},{1}}, to_apply=%add
+  ROOT %p = f32[16,4]{1,0} collective-permute(%y), source_target_pairs={{0,1},{1,0}}
+}
+"""
+KNOWN = 'backend_config={"known_trip_count":{"n":"3"}}'
+
+
+def test_a_program_by_hand():
+  found = collectives(LOOP.replace("CONFIG", KNOWN), num_devices=8)
+  assert found == [
+    Collective("all-reduce", devices=4, bytes=8 * 4 * 4, times=3),
+    Collective("all-gather", devices=2, bytes=2 * 4 * 2 + 2 * 2, times=1),
+    Collective("collective-permute", devices=2, bytes=16 * 4 * 4, times=1),
+  ]
+
+
+def test_a_loop_of_unknown_length_is_refused():
+  with pytest.raises(ValueError, match="unknown length communicates"):
+    collectives(LOOP.replace("CONFIG", ""), num_devices=8)
+
+
+@pytest.mark.parametrize(
+  ("kind", "sent"),
+  [
+    ("all-reduce", 2 * 3 / 4 * 100),
+    ("all-gather", 3 / 4 * 100),
+    ("reduce-scatter", 3 * 100),
+    ("all-to-all", 3 / 4 * 100),
+    ("collective-permute", 100),
+  ],
+)
+def test_bytes_sent_by_rings_of_four(kind, sent):
+  assert Collective(kind, devices=4, bytes=100, times=1).sent == sent
+  assert Collective(kind, devices=4, bytes=100, times=5).sent == 5 * sent

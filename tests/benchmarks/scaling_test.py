@@ -1,0 +1,45 @@
+"""The plan for many devices of a small model, in a process that has 256 virtual ones."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import scaling
+from benchmarks.collectives import Collective
+
+
+def test_the_command(tmp_path):
+  out = tmp_path / "scaling.json"
+  command = [sys.executable, "-m", "benchmarks.scaling", "--shape=tiny", "--devices=8"]
+  done = subprocess.run([*command, f"--out={out}"], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert "| tiny | 0.00 B | 8 | 2 x 2 x 2 | 64 |" in done.stdout
+  (cell,) = json.loads(out.read_text())["measurements"]
+  # Data parallel sums gradients, experts send their updates, FSDP gathers parameters.
+  assert {"all-reduce", "all-gather"} <= cell["sent_bytes"].keys()
+  assert all(count > 0 for count in cell["sent_bytes"].values())
+  # Three copies of the parameters (two moments), which FSDP, experts and heads divide by 8 nearly.
+  whole = 3 * 4 * cell["parameters"]
+  assert whole / 8 < cell["state_bytes"] < whole / 4
+  for low, high in cell["predicted_seconds"].values():
+    assert 0 < low <= high
+
+
+def test_times_by_hand():
+  device = scaling.Device(flops=1e12, node=8, link=1e9, network=1e8)
+  inside = Collective("collective-permute", devices=8, bytes=10**9, times=1)  # 1 s
+  across = Collective("collective-permute", devices=16, bytes=10**8, times=3)  # 3 s
+  cell = {"collectives": [inside, across]}
+  # 9e12 operations on two devices at 45 % of 1e12: 10 s.
+  assert scaling.predicted(cell, 9 * 10**12, 2, device) == pytest.approx((10.0, 14.0))
+  assert scaling.predicted(cell, 9 * 10**11, 2, device) == pytest.approx((4.0, 5.0))
+
+
+def test_unknown_names_are_told():
+  command = [sys.executable, "-m", "benchmarks.scaling"]
+  for flag, cure in (("--shape=huge", "large,10b"), ("--devices=7", "8,64,256")):
+    done = subprocess.run([*command, flag], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {flag}: use some of")
+    assert cure in done.stderr

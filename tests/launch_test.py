@@ -1,0 +1,143 @@
+"""What is in launch/: scripts run dry, files parsed, and every command of theirs would start."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+TRAIN = ["--config=configs/quickstart.py", "--workdir=runs/my run"]
+
+
+def dry(script, *arguments, **environment):
+  """The commands, as lists of words, that the script would run."""
+  done = subprocess.run(
+    [LAUNCH / script, *arguments],
+    env={**os.environ, "DRY_RUN": "1", **environment},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def assert_starts(*commands):
+  """Each of `python -m module arguments` has flags that its module has, and a valid config."""
+  given = [words[words.index("-m") + 1 :] for words in commands]
+  done = subprocess.run(
+    [sys.executable, ROOT / "tests" / "docs" / "command_lines.py"],
+    input=json.dumps(given),
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=True,
+  )
+  assert json.loads(done.stdout.splitlines()[-1]) == [""] * len(commands)
+
+
+def test_every_file_opens_with_its_command():
+  for path in LAUNCH.iterdir():
+    head = path.read_text().split("\n\n")[0]
+    commands = re.findall(r"^#   (.+)$", path.read_text(), re.MULTILINE)
+    assert f"launch/{path.name}" in commands[0], path.name
+    assert path.suffix != ".sh" or os.access(path, os.X_OK), path.name
+    assert head.startswith("#")
+  guide = (ROOT / "docs" / "gpus-and-clusters.md").read_text()
+  studies = {"adaptive_study.sh"}
+  missing = [p.name for p in LAUNCH.iterdir() if p.name not in guide]
+  assert set(missing) <= studies
+
+
+def test_scripts_are_scripts():
+  for path in LAUNCH.glob("*.sh"):
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+def test_one_local_process():
+  (command,) = dry("local.sh", *TRAIN)
+  assert command == ["python", "-m", "hgnn_moe_jax.main", *TRAIN]
+  assert_starts(command)
+
+
+def test_two_local_processes():
+  commands = dry("local.sh", *TRAIN, PROCESSES="2", PORT="4321")
+  assert [words[1] for words in commands] == ["CUDA_VISIBLE_DEVICES=0", "CUDA_VISIBLE_DEVICES=1"]
+  assert [words[-1] for words in commands] == ["--process_id=0", "--process_id=1"]
+  assert all("--coordinator=127.0.0.1:4321" in words for words in commands)
+  assert_starts(*commands)
+
+
+def test_slurm():
+  (command,) = dry("slurm.sh", *TRAIN)
+  assert command[:3] == ["srun", "--kill-on-bad-exit=1", "python"]
+  assert command[-3:] == ["--distributed", *TRAIN]
+  assert_starts(command)
+  text = (LAUNCH / "slurm.sh").read_text()
+  assert re.search(r'"\$status" -eq 75 \]; then.*\n\s+scontrol requeue "\$SLURM_JOB_ID"', text)
+  options = re.findall(r"^#SBATCH (.+)$", text, re.MULTILINE)
+  assert "--signal=TERM@120" in options and "--requeue" in options
+  # JAX gives local task i its device i, which it has to see among all of the node's.
+  per_node = dict(o.split("=") for o in options if "=" in o)
+  assert per_node["--ntasks-per-node"] == per_node["--gpus-per-node"]
+
+
+def test_tpu_vm():
+  copy, start = dry("tpu_vm.sh", "tpu", "here", *TRAIN)
+  assert copy[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"]
+  assert {"--zone=here", "--worker=all"} <= set(copy) & set(start)
+  remote = next(w for w in start if w.startswith("--command=")).split("exec ")[1]
+  assert shlex.split(remote)[-2:] == TRAIN
+  assert_starts(shlex.split(remote))
+
+
+def test_jobset():
+  job = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+  (group,) = job["spec"]["replicatedJobs"]
+  spec = group["template"]["spec"]
+  (container,) = spec["template"]["spec"]["containers"]
+  arguments = dict(a.lstrip("-").partition("=")[::2] for a in container["args"])
+  assert int(arguments["num_processes"]) == spec["completions"] == spec["parallelism"]
+  # JobSet's name of the first pod: JOBSET-GROUP-JOB-POD.JOBSET.
+  name = job["metadata"]["name"]
+  assert arguments["coordinator"].split(":")[0] == f"{name}-{group['name']}-0-0.{name}"
+  (rule,) = spec["podFailurePolicy"]["rules"]
+  assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2, 3]
+  assert rule["onExitCodes"]["containerName"] == container["name"]
+  started = [w.replace("$(JOB_COMPLETION_INDEX)", "1") for w in container["args"]]
+  assert_starts(["-m", "hgnn_moe_jax.main", *started])
+
+
+def test_skypilot():
+  task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+  values = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2"}
+  shown = task["run"].replace("python -m", "echo python -m")
+  done = subprocess.run(
+    ["bash", "-euc", shown],
+    env={**os.environ, **values, "SKYPILOT_NODE_RANK": "1"},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  command = shlex.split(done.stdout)
+  assert command[-3:] == ["--coordinator=10.0.0.1:12355", "--num_processes=2", "--process_id=1"]
+  assert_starts(command)
+
+
+@pytest.mark.parametrize("line", ["COPY", "ENTRYPOINT"])
+def test_the_image_has_what_a_run_needs(line):
+  text = (LAUNCH / "Dockerfile").read_text()
+  if line == "ENTRYPOINT":
+    assert json.loads(text.split("ENTRYPOINT ")[1]) == ["python", "-m", "hgnn_moe_jax.main"]
+    return
+  sources = [
+    w for copy in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for w in copy.split()[:-1]
+  ]
+  assert all((ROOT / source).exists() for source in sources)
+  assert {"setup.cfg", "pyproject.toml", "hgnn_moe_jax", "configs", "README.md"} <= set(sources)

@@ -1,0 +1,203 @@
+"""Which mesh axis each array's axes are split over; no devices are needed for that."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from hgnn_moe_jax import sharding
+from hgnn_moe_jax.config import Config, with_fields
+from hgnn_moe_jax.errors import ConfigError
+from hgnn_moe_jax.training.assembly import assemble_sized
+
+
+@pytest.fixture
+def devices(monkeypatch):
+  """devices(8, 2, p): so many devices, shared equally by so many processes; this is number p."""
+
+  def pretend(count, processes=1, index=0):
+    class Device:
+      def __init__(self, number):
+        self.id, self.process_index = number, number * processes // count
+
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    monkeypatch.setattr(jax, "devices", lambda: [Device(k) for k in range(count)])
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(sharding, "Mesh", lambda grid, *_, **__: FakeMesh(grid))
+
+  return pretend
+
+
+class FakeMesh:
+  def __init__(self, grid):
+    self.devices = grid
+
+
+def config(**fields):
+  c = with_fields(Config(name="mesh"), {k.replace("__", "."): v for k, v in fields.items()})
+  c.training.steps = 1
+  return c
+
+
+@pytest.mark.parametrize(
+  ("fields", "shape"),
+  [
+    ({}, (8, 1, 1)),
+    ({"mesh__expert": 4}, (2, 4, 1)),
+    ({"mesh__data": 2, "mesh__expert": 2, "mesh__model": 2}, (2, 2, 2)),
+    ({"mesh__model": 4, "mesh__expert": 2}, (1, 2, 4)),
+  ],
+)
+def test_the_mesh_takes_all_devices_and_model_neighbours_are_neighbours(fields, shape, devices):
+  devices(8)
+  mesh = sharding.make_mesh(config(**fields).validate())
+  assert mesh.devices.shape == shape
+  assert [d.id for d in mesh.devices.flat] == list(range(8))
+
+
+def test_one_device_needs_no_mesh(devices):
+  devices(1)
+  assert sharding.make_mesh(config()) is None
+
+
+@pytest.mark.parametrize(
+  ("count", "fields", "message"),
+  [
+    (8, {"mesh__data": 4}, r"mesh.data=4: mesh.data x mesh.expert=1 x mesh.model=1 has to be 8"),
+    (6, {"mesh__expert": 4}, r"mesh.data=0: mesh.data x mesh.expert=4 x mesh.model=1 has to be 6"),
+    (1, {"mesh__expert": 2}, r"mesh.data=0: .* has to be 1, the number of devices"),
+    (8, {"training__batch_size": 12}, r"training.batch_size=12: use a multiple of the 8 parts"),
+    (
+      8,
+      {"training__batch_size": 32, "training__accumulation": 8},
+      r"training.batch_size=4: use a multiple of the 8 parts of mesh.data in each",
+    ),
+    (8, {"evaluation__batch_size": 4}, r"evaluation.batch_size=4: use a multiple of the 8 parts"),
+  ],
+)
+def test_what_cannot_be_divided_is_refused(count, fields, message, devices):
+  devices(count)
+  with pytest.raises(ConfigError, match=message):
+    sharding.make_mesh(config(**fields).validate())
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"mesh__expert": 3}, r"mesh.expert=3: use a divisor of model.num_experts=4"),
+    ({"mesh__model": 3}, r"mesh.model=3: use a divisor of model.num_heads=4"),
+    ({"mesh__model": 0}, r"mesh.model=0: use a value at least 1"),
+  ],
+)
+def test_a_mesh_that_no_machine_can_have(fields, message):
+  with pytest.raises(ConfigError, match=message):
+    config(**fields).validate()
+
+
+@pytest.mark.parametrize(
+  ("count", "processes", "fields", "shares"),
+  [
+    (8, 2, {}, [(0, 2), (1, 2)]),
+    (8, 8, {"mesh__expert": 4}, [(0, 2)] * 4 + [(1, 2)] * 4),
+    (4, 2, {"mesh__expert": 4}, [(0, 1), (0, 1)]),
+    (8, 4, {"mesh__data": 2, "mesh__model": 4}, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+  ],
+)
+def test_each_process_reads_its_share_of_a_batch(count, processes, fields, shares, devices):
+  for index, expected in enumerate(shares):
+    devices(count, processes, index)
+    assert sharding.share(sharding.make_mesh(config(**fields))) == expected
+
+
+def test_processes_that_cut_a_part_of_the_data_in_two_are_refused(devices):
+  devices(6, 2)
+  mesh = sharding.make_mesh(config(training__batch_size=6, mesh__data=3, mesh__model=2))
+  with pytest.raises(ConfigError, match=r"mesh.data=3: use a multiple or a divisor of the 2"):
+    sharding.share(mesh)
+
+
+MESH = AbstractMesh((2, 2, 2), sharding.AXES)
+
+
+def specs(fsdp=False, vocab_size=64, **fields):
+  """{path: PartitionSpec} of the whole state of a small model on 2 x 2 x 2 devices."""
+  c = config(model__embed_dim=16, training__ema_decay=0.9, **fields)
+  a = assemble_sized(c.validate(), vocab_size, 4)
+  where = sharding.parameter_shardings(MESH, fsdp, a.model.axes(), a.abstract_state.params)
+  state = sharding.state_shardings(MESH, a.abstract_state, a.abstract_state.params, where)
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): s.spec for path, s in leaves}
+
+
+def test_experts_heads_and_hidden_widths_are_split():
+  found = specs()
+  experts = "params/layers/experts"
+  assert found[f"{experts}/qkv_kernel"] == PartitionSpec(None, "expert", None, None, "model", None)
+  assert found[f"{experts}/ffn_in_kernel"] == PartitionSpec(None, "expert", None, "model")
+  assert found[f"{experts}/ffn_out_kernel"] == PartitionSpec(None, "expert", "model", None)
+  assert found["params/layers/coupler/in_kernel_0"] == PartitionSpec(None, None, "model")
+  assert found["params/head"] == PartitionSpec(None, "model")
+  assert found["params/embedding"] == PartitionSpec("model", None)
+
+
+def test_fsdp_splits_every_large_parameter_over_data_too():
+  found = specs(fsdp=True)
+  whole = [name for name, spec in found.items() if "kernel" in name and "data" not in spec]
+  assert whole == []
+  assert found["params/layers/experts/ffn_in_kernel"] == PartitionSpec(
+    None, "expert", "data", "model"
+  )
+
+
+def test_a_vocabulary_that_cannot_be_divided_stays_whole():
+  found = specs(vocab_size=65)
+  assert found["params/head"] == found["params/embedding"] == PartitionSpec(None, None)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_moments_and_averages_lie_with_their_parameters(optimizer):
+  found = specs(fsdp=True, training__optimizer=optimizer)
+  params = {n.removeprefix("params/"): s for n, s in found.items() if n.startswith("params/")}
+  mirrored = 0
+  for name, spec in found.items():
+    if not name.startswith("opt_state/"):
+      continue
+    suffix = next((p for p in params if name.endswith(f"/{p}")), None)
+    expected = params[suffix] if suffix else PartitionSpec()
+    assert spec == expected, name
+    mirrored += suffix is not None
+  # Two moments and an average of each parameter; Muon keeps one moment of what it takes.
+  assert mirrored == 3 * len(params) if optimizer == "adamw" else mirrored > 2 * len(params)
+  assert all(s == PartitionSpec() for n, s in found.items() if n.startswith("control/"))
+
+
+def test_like_named_arrays_of_another_shape_are_kept_whole():
+  params = {"w": jnp.zeros((4, 4)), "v": jnp.zeros((2, 4))}
+  axes = {"w": ("expert", "embed"), "v": (None, "hidden")}
+  where = sharding.parameter_shardings(MESH, False, axes, params)
+  state = {"moment": params, "row": {"w": jnp.zeros(4)}, "count": jnp.zeros(())}
+  found = jax.tree.map(lambda s: s.spec, sharding.state_shardings(MESH, state, params, where))
+  assert found["moment"] == {"w": PartitionSpec("expert", None), "v": PartitionSpec(None, "model")}
+  assert found["row"]["w"] == found["count"] == PartitionSpec()
+
+
+def test_without_a_mesh_nothing_is_constrained():
+  x = np.ones((4, 4), np.float32)
+  assert sharding.constrain(x, "data", None) is x
+  assert not sharding.on_mesh() and sharding.data_shards() == 1
+  assert "sharding" not in str(jax.make_jaxpr(lambda a: sharding.constrain(a, "data"))(x))
+
+
+def test_factored_moments_do_not_confuse_the_layout():
+  """Adafactor keeps row and column sums under a parameter's own name."""
+  params = {"layers": {"kernel": jnp.zeros((256, 256))}}
+  state = optax.adafactor(1e-3).init(params)
+  where = sharding.parameter_shardings(
+    MESH, True, {"layers": {"kernel": ("embed", "hidden")}}, params
+  )
+  found = sharding.state_shardings(MESH, state, params, where)
+  for leaf, s in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
+    assert len(s.spec) in (0, leaf.ndim)
