@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: train test lint docs clean
+.PHONY: train test lint docs bench clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m hgnn_moe_jax.main --config=configs/quickstart.py
@@ -16,6 +16,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+# Some minutes: the smallest shape with both couplers, generation, input. Read docs/performance.md.
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.train_step --shape=small --coupler=graph,hypergraph
+	$(BIN)/python -m benchmarks.generation --shape=small
+	$(BIN)/python -m benchmarks.data
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -92,7 +92,7 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
     "parameters": a.parameters,
     "state_bytes": int(memory.argument_size_in_bytes),
     "temporary_bytes": int(memory.temp_size_in_bytes),
-    "collectives": collectives(compiled.as_text(), count),
+    "collectives": collectives(str(compiled.as_text()), count),
   }
 
 

@@ -131,8 +131,8 @@ def compile_seconds(lowered: Callable[[], Any]) -> tuple[Any, float, float]:
   return compiled, seconds[0], seconds[1]
 
 
-def measure(config: Config, vocab_size: int, rounds: int) -> dict[str, Any]:
-  """One measurement; times are medians over rounds, ratios medians of the ratios in a round."""
+def dispatch_of(config: Config, vocab_size: int) -> tuple[Any, Any, Feed]:
+  """The loop's own dispatch, not compiled yet, its state, and a feed of random tokens."""
   T, B, K = (
     config.model.max_length,
     config.training.batch_size,
@@ -142,8 +142,16 @@ def measure(config: Config, vocab_size: int, rounds: int) -> dict[str, Any]:
   tokens = np.random.default_rng(0).integers(0, vocab_size, 4 * B * T + 1).astype(np.int32)
   examples, _ = place(stream_examples(tokens, T), "device")
   rows_KB = np.arange(K * B, dtype=np.int32).reshape(K, B) % examples.num_examples
-  feed = Feed(examples, rows_KB, None)
-  dispatch = make_dispatch(step, K, T, 0)
+  return make_dispatch(step, K, T, 0), state, Feed(examples, rows_KB, None)
+
+
+def measure(config: Config, vocab_size: int, rounds: int) -> dict[str, Any]:
+  """One measurement; times are medians over rounds, ratios medians of the ratios in a round."""
+  tokens, K = (
+    config.training.batch_size * config.model.max_length,
+    config.training.steps_per_dispatch,
+  )
+  dispatch, state, feed = dispatch_of(config, vocab_size)
   compiled, cold, cached = compile_seconds(lambda: dispatch.lower(state, feed, as_count(1)))
   product, product_flops = peak_product()
   jax.block_until_ready(product())
@@ -160,7 +168,7 @@ def measure(config: Config, vocab_size: int, rounds: int) -> dict[str, Any]:
   middle = float(np.median(seconds))
   return {
     "seconds_per_step": middle,
-    "tokens_per_second": B * T / middle,
+    "tokens_per_second": tokens / middle,
     "matmul_flops": step_flops,
     "matmul_flops_per_second": step_flops / middle,
     "peak_flops_per_second": float(np.median(peaks)),

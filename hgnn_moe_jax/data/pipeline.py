@@ -5,7 +5,7 @@ number of processes, nor on where a run was interrupted.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import grain
 import numpy as np
@@ -59,7 +59,7 @@ class Order:
 
 def host_batches(
   examples: Examples, order: Order, max_length: int, fill: int, start_step: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
   """Batches `start_step`, `start_step + 1`, ... without end, gathered ahead by a thread.
 
   Equal to `gather(examples, order.indices(step), max_length, fill)` step by step. Closing the

@@ -77,8 +77,8 @@ def cached_attention(
   )
   slot_S = jnp.arange(cache.key_BSGH.shape[1])
   hidden_BTS = slot_S[None, None, :] > position_BT[:, :, None]
-  heads_first = (jnp.swapaxes(a, 1, 2) for a in (q_BTGH, *cache))
-  mixed_BGTH = _attention(*heads_first, hidden_BTS[:, None])
+  q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q_BTGH, *cache))
+  mixed_BGTH = _attention(q, k, v, hidden_BTS[:, None])
   return jnp.swapaxes(mixed_BGTH, 1, 2), cache
 
 

@@ -92,8 +92,10 @@ class CoupledLayer(nn.Module):
       return x_BTD + z_BTD, Reading(cache, _share(coupled_EBTD, gate_BTE, z_BTD))
     entropy_BT = -jnp.sum(jax.scipy.special.xlogy(gate_BTE, gate_BTE), axis=-1)
     total = jnp.maximum(weights_BT.sum(), 1.0)
+    with jax.named_scope("orthogonality"):
+      measured = self.measure(updates_EBTD, weights_BT)
     aux = Aux(
-      measured=self.measure(updates_EBTD, weights_BT),
+      measured=measured,
       gate_load_LE=jnp.einsum("BTE,BT->E", gate_BTE, weights_BT) / total,
       gate_entropy_L=jnp.sum(entropy_BT * weights_BT) / total,
     )
@@ -270,6 +272,7 @@ def build(
     )
     rows = head.chunk_rows(x_sND.shape[1], vocab_size)
 
+    @jax.named_scope("head")
     def part(x_ND, target_N, weight_N) -> Any:
       kernel_DV = head_kernel(params)
       return head.linear_cross_entropy(x_ND, kernel_DV, target_N, weight_N, rows, dtype)

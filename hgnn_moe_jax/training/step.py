@@ -108,6 +108,7 @@ def make_train_step(
       loss = loss + jnp.sum(strengths.output_L * term.output_penalty_L)
     return loss, term
 
+  @jax.named_scope("orthogonality")
   def weight_loss(params, strengths):
     roles = model.expert_matrices(params, o.weight_target)
     overlap_LEE = weights.weight_overlap(roles, weight_form, o.subspace_rank)
@@ -146,7 +147,9 @@ def make_train_step(
       grads = jax.tree.map(jnp.add, grads, weight_grads)
     else:
       _, weight = weight_loss(state.params, strengths)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    with jax.named_scope("optimizer"):
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
     flags = controller.flags(state.control)
     observation = Observation(
       step=state.step,
@@ -180,11 +183,13 @@ def make_train_step(
       learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
       tokens=batch.weights_BT.sum(),
     )
+    with jax.named_scope("control"):
+      control = controller.update(state.control, observation)
     new_state = TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       opt_state=opt_state,
-      control=controller.update(state.control, observation),
+      control=control,
       key=state.key,
     )
     return new_state, record
@@ -210,6 +215,7 @@ class Feed(NamedTuple):
   batches: Batch | None
 
 
+@jax.named_scope("input")
 def pick(feed: Feed, k: jax.Array | int, max_length: int, fill: int) -> Batch:
   """Batch k of the feed, gathered on the device if the tokens lie there."""
   if feed.examples is None:
