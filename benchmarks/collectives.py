@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 _BYTES = {
   "pred": 1,
   "s8": 1,
@@ -34,12 +36,15 @@ class Collective(NamedTuple):
   Attributes:
     kind: e.g. "all-reduce".
     devices: in each group that communicates.
+    span: from the lowest to the highest number of a group's devices; `devices` if they are
+      neighbours.
     bytes: of the result on one device.
     times: in one call.
   """
 
   kind: str
   devices: int
+  span: int
   bytes: int
   times: int
 
@@ -92,9 +97,10 @@ def _of(
     if found := _INSTRUCTION.search(line):
       if times is None:
         raise ValueError(f"a loop of unknown length communicates: {line.strip()[:80]}")
-      devices = _group_size(found["rest"], num_devices)
-      if devices > 1:
-        yield Collective(found["kind"], devices, _size(found["shape"]), times)
+      group = _group(found["rest"], num_devices)
+      if len(group) > 1:
+        span = max(group) - min(group) + 1
+        yield Collective(found["kind"], len(group), span, _size(found["shape"]), times)
     elif found := _LOOP.search(line):
       trips = _TRIPS.search(found["rest"])
       inner = times * int(trips[1]) if trips and times is not None else None
@@ -116,11 +122,15 @@ def _size(shape: str) -> int:
   )
 
 
-def _group_size(rest: str, num_devices: int) -> int:
-  if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
-    return int(found[2])
-  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-    return len(found[1].split(","))
-  if "source_target_pairs" in rest:
-    return 2
-  return num_devices
+def _group(rest: str, num_devices: int) -> list[int]:
+  """The devices of the first group: listed, or as a reshaped and transposed range (v2 form)."""
+  ranged = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+  if found := re.search(ranged, rest):
+    dims = [int(n) for n in found[3].split(",")]
+    devices = np.arange(math.prod(dims)).reshape(dims)
+    if found[4]:
+      devices = devices.transpose([int(axis) for axis in found[4].split(",")])
+    return devices.reshape(int(found[1]), int(found[2]))[0].tolist()
+  if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", rest):
+    return [int(n) for n in found[1].split(",")]
+  return list(range(num_devices))

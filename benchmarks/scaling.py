@@ -101,9 +101,7 @@ def predicted(cell: dict[str, Any], flops: int, count: int, device: Device) -> t
   work = flops / count / device.flops / _UTILIZATION
   talk = 0.0
   for c in cell["collectives"]:
-    # A group that is no larger than a node is taken to lie within one: the mesh keeps the expert
-    # and the model axis together.
-    talk += c.sent / (device.link if c.devices <= device.node else device.network)
+    talk += c.sent / (device.link if c.span <= device.node else device.network)
   return max(work, talk), work + talk
 
 

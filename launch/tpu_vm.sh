@@ -20,7 +20,7 @@ do_it() {
 }
 archive=$(mktemp --suffix=.tar.gz)
 trap 'rm -f "$archive"' EXIT
-git -C "$(dirname "$0")/.." archive --output="$archive" HEAD
+do_it git -C "$(dirname "$0")/.." archive --output="$archive" HEAD
 do_it gcloud compute tpus tpu-vm scp "$archive" "$name:hgnn_moe_jax.tar.gz" --zone="$zone" --worker=all
 do_it gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="\
 mkdir -p hgnn_moe_jax && tar -xzf hgnn_moe_jax.tar.gz -C hgnn_moe_jax && cd hgnn_moe_jax && \

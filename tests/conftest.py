@@ -15,10 +15,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA's older emitters compile unoptimised code in 2/5 of the time of the newer ones. But with them
 # LLVM fuses a product and a sum into one rounding wherever they meet in a loop, so that a step's
-# bits depend on the program around it: no instruction that does so, then. XLA stops at a flag that
-# it does not know; these are known to be there in the releases before 0.11.
+# bits depend on the program around it: no instruction that does so, then. And every program is one
+# piece to LLVM: sharing it out over threads costs more than it gains where both cores are busy. XLA
+# stops at a flag that it does not know; these are there in the releases before 0.11.
 if importlib.metadata.version("jaxlib") < "0.11" and platform.machine() == "x86_64":
-  os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX")
+  os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX "
+    "--xla_cpu_parallel_codegen_split_count=1",
+  )
 # Nothing may be fetched from a hub by accident.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

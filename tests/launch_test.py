@@ -89,7 +89,8 @@ def test_slurm():
 
 
 def test_tpu_vm():
-  copy, start = dry("tpu_vm.sh", "tpu", "here", *TRAIN)
+  archive, copy, start = dry("tpu_vm.sh", "tpu", "here", *TRAIN)
+  assert archive[0] == "git" and archive[-1] == "HEAD"
   assert copy[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"]
   assert {"--zone=here", "--worker=all"} <= set(copy) & set(start)
   remote = next(w for w in start if w.startswith("--command=")).split("exec ")[1]

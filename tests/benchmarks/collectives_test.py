@@ -34,15 +34,30 @@ KNOWN = 'backend_config={"known_trip_count":{"n":"3"}}'
 def test_a_program_by_hand():
   found = collectives(LOOP.replace("CONFIG", KNOWN), num_devices=8)
   assert found == [
-    Collective("all-reduce", devices=4, bytes=8 * 4 * 4, times=3),
-    Collective("all-gather", devices=2, bytes=2 * 4 * 2 + 2 * 2, times=1),
-    Collective("collective-permute", devices=2, bytes=16 * 4 * 4, times=1),
+    Collective("all-reduce", devices=4, span=4, bytes=8 * 4 * 4, times=3),
+    Collective("all-gather", devices=2, span=2, bytes=2 * 4 * 2 + 2 * 2, times=1),
+    Collective("collective-permute", devices=2, span=2, bytes=16 * 4 * 4, times=1),
   ]
 
 
 def test_a_loop_of_unknown_length_is_refused():
   with pytest.raises(ValueError, match="unknown length communicates"):
     collectives(LOOP.replace("CONFIG", ""), num_devices=8)
+
+
+@pytest.mark.parametrize(
+  ("groups", "devices", "span"),
+  [
+    ("replica_groups=[2,4]<=[8]", 4, 4),  # {0,1,2,3}, {4,5,6,7}
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", 2, 5),  # {0,4}, {1,5}, ...
+    ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", 2, 3),  # {0,2}, {1,3}, ...
+    ("replica_groups={{0,3,6},{1,4,7}}", 3, 7),
+    ("channel_id=1", 8, 8),
+  ],
+)
+def test_who_talks_to_whom(groups, devices, span):
+  line = f"ENTRY %main (x: f32[4]) -> f32[4] {{\n  ROOT %r = f32[4] all-reduce(%x), {groups}\n}}"
+  assert collectives(line, num_devices=8) == [Collective("all-reduce", devices, span, 16, 1)]
 
 
 @pytest.mark.parametrize(
@@ -56,5 +71,5 @@ def test_a_loop_of_unknown_length_is_refused():
   ],
 )
 def test_bytes_sent_by_rings_of_four(kind, sent):
-  assert Collective(kind, devices=4, bytes=100, times=1).sent == sent
-  assert Collective(kind, devices=4, bytes=100, times=5).sent == 5 * sent
+  assert Collective(kind, devices=4, span=4, bytes=100, times=1).sent == sent
+  assert Collective(kind, devices=4, span=9, bytes=100, times=5).sent == 5 * sent

@@ -29,8 +29,8 @@ def test_the_command(tmp_path):
 
 def test_times_by_hand():
   device = scaling.Device(flops=1e12, node=8, link=1e9, network=1e8)
-  inside = Collective("collective-permute", devices=8, bytes=10**9, times=1)  # 1 s
-  across = Collective("collective-permute", devices=16, bytes=10**8, times=3)  # 3 s
+  inside = Collective("collective-permute", devices=8, span=8, bytes=10**9, times=1)  # 1 s
+  across = Collective("collective-permute", devices=2, span=9, bytes=10**8, times=3)  # 3 s
   cell = {"collectives": [inside, across]}
   # 9e12 operations on two devices at 45 % of 1e12: 10 s.
   assert scaling.predicted(cell, 9 * 10**12, 2, device) == pytest.approx((10.0, 14.0))

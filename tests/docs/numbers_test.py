@@ -10,6 +10,7 @@ import re
 import pytest
 
 import hgnn_moe_jax
+from benchmarks import data, generation, parts, scaling, train_step
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -57,6 +58,26 @@ def test_the_overhead_table_is_the_measured_one():
     assert megabytes == f"{r['temporary_bytes'] / 1e6:.1f}"
     told = f"{r['ratio']:.3f} [{r['ratio_low']:.3f}, {r['ratio_high']:.3f}]"
     assert ratio == ("1" if r["ratio_low"] == r["ratio_high"] == 1.0 else told)
+
+
+@pytest.mark.parametrize(
+  ("name", "benchmark", "where"),
+  [
+    ("small_cpu", train_step, "performance.md"),
+    ("generation_cpu", generation, "performance.md"),
+    ("data_cpu", data, "performance.md"),
+    ("scaling", scaling, "scaling.md"),
+  ],
+)
+def test_a_benchmarks_table_is_the_measured_one(name, benchmark, where):
+  result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+  assert benchmark.table(result["measurements"]) in page(where)
+
+
+def test_the_table_of_parts_is_the_measured_one():
+  result = json.loads((ROOT / "benchmarks" / "results" / "parts_cpu.json").read_text())
+  (measured,) = result["measurements"]
+  assert parts.table(measured["parts_milliseconds"]) in page("performance.md")
 
 
 def test_the_counts_of_wikitext2_are_those_that_are_asserted_elsewhere():
