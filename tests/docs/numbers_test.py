@@ -64,6 +64,7 @@ def test_the_overhead_table_is_the_measured_one():
   ("name", "benchmark", "where"),
   [
     ("small_cpu", train_step, "performance.md"),
+    ("sweeps_cpu", train_step, "performance.md"),
     ("generation_cpu", generation, "performance.md"),
     ("data_cpu", data, "performance.md"),
     ("scaling", scaling, "scaling.md"),
