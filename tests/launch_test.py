@@ -18,9 +18,11 @@ TRAIN = ["--config=configs/quickstart.py", "--workdir=runs/my run"]
 
 def dry(script, *arguments, **environment):
   """The commands, as lists of words, that the script would run."""
+  # `make test PYTHON=...` exports what the scripts read as the user's choice of interpreter.
+  bare = {k: v for k, v in os.environ.items() if k not in {"PYTHON", "PROCESSES", "PORT"}}
   done = subprocess.run(
     [LAUNCH / script, *arguments],
-    env={**os.environ, "DRY_RUN": "1", **environment},
+    env={**bare, "DRY_RUN": "1", **environment},
     capture_output=True,
     text=True,
     check=True,
