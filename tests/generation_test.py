@@ -40,7 +40,7 @@ def _scripted(table, context=64, protocol="lines"):
   """A model whose next token after id i is table[i], with certainty; expert 1 leads before "b"."""
 
   def init_cache(rows, slots):
-    return KeyValueCache(jnp.zeros((1, rows, slots, 1, 1)), jnp.zeros((1, rows, slots, 1, 1)))
+    return KeyValueCache(jnp.zeros((1, rows, 1, slots, 1)), jnp.zeros((1, rows, 1, slots, 1)))
 
   def read(params, cache, inputs_BT, start_B):
     following = np.arange(V)

@@ -46,11 +46,13 @@ class KeyValueCache(NamedTuple):
   """Keys and values of tokens read before, in S slots; slot s holds a row's s-th token.
 
   Attributes:
-    key_BSGH, value_BSGH: compute dtype; what lies behind the last token read is never looked at.
+    key_BGSH, value_BGSH: compute dtype; what lies behind the last token read is never looked at.
+      Slots lie side by side as attention reads them: it would have to copy any other order whole,
+      for every token.
   """
 
-  key_BSGH: jax.Array
-  value_BSGH: jax.Array
+  key_BGSH: jax.Array
+  value_BGSH: jax.Array
 
 
 def cached_attention(
@@ -72,13 +74,12 @@ def cached_attention(
   """
   row_B1 = jnp.arange(position_BT.shape[0])[:, None]
   cache = KeyValueCache(
-    cache.key_BSGH.at[row_B1, position_BT].set(k_BTGH),
-    cache.value_BSGH.at[row_B1, position_BT].set(v_BTGH),
+    cache.key_BGSH.at[row_B1, :, position_BT].set(k_BTGH),
+    cache.value_BGSH.at[row_B1, :, position_BT].set(v_BTGH),
   )
-  slot_S = jnp.arange(cache.key_BSGH.shape[1])
+  slot_S = jnp.arange(cache.key_BGSH.shape[2])
   hidden_BTS = slot_S[None, None, :] > position_BT[:, :, None]
-  q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q_BTGH, *cache))
-  mixed_BGTH = _attention(q, k, v, hidden_BTS[:, None])
+  mixed_BGTH = _attention(jnp.swapaxes(q_BTGH, 1, 2), *cache, hidden_BTS[:, None])
   return jnp.swapaxes(mixed_BGTH, 1, 2), cache
 
 

@@ -15,18 +15,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hgnn_moe_jax import extensions
+from hgnn_moe_jax import extensions, token_products
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import hypergraph
 from hgnn_moe_jax.models.layers import LayerNorm, fan_in_normal, named, project
-from hgnn_moe_jax.sharding import on_mesh
 
 # softplus(_ONE) = 1: learned positive weights start at 1.
 _ONE = 0.5413248546129181
-
-
-# Up to so many experts, mixing token by token is a sum of E products and not a product of matrices.
-_MOST_SUMMED = 8
 
 
 def _mix(operator: jax.Array, h_EBTD: jax.Array) -> jax.Array:
@@ -34,35 +29,7 @@ def _mix(operator: jax.Array, h_EBTD: jax.Array) -> jax.Array:
   operator = operator.astype(h_EBTD.dtype)
   if operator.ndim == 2:
     return jnp.einsum("ij,jBTD->iBTD", operator, h_EBTD)
-  if h_EBTD.shape[0] > _MOST_SUMMED or on_mesh():
-    return jnp.einsum("ijBT,jBTD->iBTD", operator, h_EBTD)
-  return _mix_tokens(operator, h_EBTD)
-
-
-@jax.custom_vjp
-def _mix_tokens(operator_EEBT: jax.Array, h_EBTD: jax.Array) -> jax.Array:
-  """sum_j P_ij h_j as E products.
-
-  For a product of matrices XLA moves the experts of h behind the tokens and back again: on CPU
-  forward and backward took twice as long.
-  """
-  mixed_EBTD = operator_EEBT[:, 0, :, :, None] * h_EBTD[None, 0]
-  for j in range(1, h_EBTD.shape[0]):
-    mixed_EBTD += operator_EEBT[:, j, :, :, None] * h_EBTD[None, j]
-  return mixed_EBTD
-
-
-def _mix_forward(operator_EEBT, h_EBTD):
-  return _mix_tokens(operator_EEBT, h_EBTD), (operator_EEBT, h_EBTD)
-
-
-def _mix_backward(residuals, cotangent_EBTD):
-  operator_EEBT, h_EBTD = residuals
-  by_pair_EEBT = jnp.einsum("iBTD,jBTD->ijBT", cotangent_EBTD, h_EBTD)
-  return by_pair_EEBT, _mix_tokens(jnp.swapaxes(operator_EEBT, 0, 1), cotangent_EBTD)
-
-
-_mix_tokens.defvjp(_mix_forward, _mix_backward)
+  return token_products.mix(operator, h_EBTD)
 
 
 class GraphOperator(nn.Module):
@@ -149,9 +116,7 @@ class AttentionOperator(nn.Module):
     key_EBTD = project(
       h_EBTD, self.param("key_kernel", named(fan_in_normal(D), "embed", None), (D, D))
     )
-    score_EEBT = jnp.einsum(
-      "iBTD,jBTD->ijBT", query_EBTD, key_EBTD, preferred_element_type=jnp.float32
-    )
+    score_EEBT = token_products.products(query_EBTD, key_EBTD)
     return jax.nn.softmax(score_EEBT * D**-0.5, axis=1)
 
 

@@ -36,7 +36,7 @@ class Aux(NamedTuple):
 class Reading(NamedTuple):
   """What reading on from a cache reports instead of Aux. Every field has the axis L first."""
 
-  cache: KeyValueCache  # with the tokens just read, [L, B, S, E N, H]
+  cache: KeyValueCache  # with the tokens just read, [L, B, E N, S, H]
   share_LBTE: jax.Array  # float32: an expert's part in the pooled update z, `<g_e y_e, z> / <z, z>`
 
 
@@ -255,8 +255,8 @@ def build(
 
   def init_cache(rows: int, slots: int) -> KeyValueCache:
     c = config
-    heads = (c.num_experts * c.num_heads, c.embed_dim // c.num_heads)
-    shape = (c.num_layers, rows, slots, *heads)
+    heads, width = c.num_experts * c.num_heads, c.embed_dim // c.num_heads
+    shape = (c.num_layers, rows, heads, slots, width)
     return KeyValueCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
   def read(params, cache, inputs_BT, start_B):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hgnn_moe_jax import token_products
 from hgnn_moe_jax.orthogonality import gram
 
 FORMS = ("cosine", "covariance")
@@ -72,19 +73,22 @@ def update_overlap(
   mean_ED = gram.contract("ebtd,bt->ed", updates_EBTD, shares_BT)
   # Masked tokens stay in: every sum over tokens below is weighted, with 0 for them.
   centred_EBTD = updates_EBTD - mean_ED[:, None, None, :]
-  products_BTEE = gram.contract("ebtd,fbtd->btef", centred_EBTD, centred_EBTD)
-  cosine_BTEE = gram.normalize(products_BTEE)
-  squared_scale_E = jnp.einsum("btee,bt->e", products_BTEE, shares_BT)
+  products_EEBT = token_products.gram(centred_EBTD)
+  each_E = jnp.arange(products_EEBT.shape[0])
+  squared_norm_EBT = products_EEBT[each_E, each_E]
+  inverse_EBT = gram.inverse_norm(squared_norm_EBT)
+  cosine_EEBT = products_EEBT * inverse_EBT[:, None] * inverse_EBT[None]
+  squared_scale_E = gram.contract("ebt,bt->e", squared_norm_EBT, shares_BT)
   if callable(form):
     overlap_EE = form(centred_EBTD, shares_BT)
   elif form == "cosine":
-    overlap_EE = _token_mean(jnp.square(cosine_BTEE), shares_BT)
+    overlap_EE = _token_mean(jnp.square(cosine_EEBT), shares_BT)
   else:
     overlap_EE = _covariance_overlap(centred_EBTD, shares_BT, squared_scale_E)
   return UpdateOverlap(
     overlap_EE=overlap_EE,
-    absolute_cosine_EE=_token_mean(jnp.abs(cosine_BTEE), shares_BT),
-    cosine_EE=_token_mean(cosine_BTEE, shares_BT),
+    absolute_cosine_EE=_token_mean(jnp.abs(cosine_EEBT), shares_BT),
+    cosine_EE=_token_mean(cosine_EEBT, shares_BT),
     # sqrt with a finite derivative at 0
     scale_E=squared_scale_E * gram.inverse_norm(squared_scale_E),
   )
@@ -162,8 +166,8 @@ def _covariance_overlap(
   return gram.normalize(jnp.sum(jnp.square(covariance_EEDD), axis=(-2, -1)))
 
 
-def _token_mean(values_BTEE: jax.Array, shares_BT: jax.Array) -> jax.Array:
-  return gram.contract("btef,bt->ef", values_BTEE, shares_BT)
+def _token_mean(values_EEBT: jax.Array, shares_BT: jax.Array) -> jax.Array:
+  return gram.contract("efbt,bt->ef", values_EEBT, shares_BT)
 
 
 def _check(form: Form) -> None:

@@ -105,11 +105,11 @@ def test_bfloat16_products_accumulate_in_float32(loss):
     np.testing.assert_allclose(one, other, atol=0.05)
 
 
-# 2^23 entries per chunk on CPU: 2^23 / 50257 = 166.9 -> 128 rows; 2^23 / 8192 = 1024 exactly;
-# never less than 64; never more than there are.
+# 2^21 entries per chunk on CPU: 2^21 / 3000 = 699.1 -> 512 rows; 2^21 / 2048 = 1024 exactly;
+# never less than 256; never more than there are.
 @pytest.mark.parametrize(
   ("num_rows", "vocab_size", "rows"),
-  [(4096, 50257, 128), (4096, 8192, 1024), (4096, 2**20, 64), (100, 50257, 100), (10, 2**20, 10)],
+  [(4096, 3000, 512), (4096, 2048, 1024), (4096, 2**20, 256), (100, 50257, 100), (10, 2**20, 10)],
 )
 def test_chunk_rows(num_rows, vocab_size, rows, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
