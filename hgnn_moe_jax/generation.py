@@ -20,8 +20,7 @@ import numpy as np
 
 from hgnn_moe_jax.data.tokenizers import Tokenizer
 from hgnn_moe_jax.errors import UserError
-from hgnn_moe_jax.models.attention import KeyValueCache
-from hgnn_moe_jax.models.language_model import LanguageModel, Params
+from hgnn_moe_jax.models.language_model import Caches, LanguageModel, Params
 from hgnn_moe_jax.trained import Trained
 
 # The shortest cache and the shortest prompt that are compiled for; longer ones double it.
@@ -75,16 +74,16 @@ class _State(NamedTuple):
   """Of B rows between two tokens.
 
   Attributes:
-    cache: of S slots.
+    caches: of S slots.
     logits_BV: of the next token, float32.
     leader_B: the expert that led the prediction of it, int32.
-    length_B: tokens in the cache, int32.
+    length_B: tokens in the caches, int32.
     seen_BV: bool, tokens of prompt and text.
     key_B: of the rows.
     count: tokens generated, int32 scalar.
   """
 
-  cache: KeyValueCache
+  caches: Caches
   logits_BV: jax.Array
   leader_B: jax.Array
   length_B: jax.Array
@@ -261,24 +260,24 @@ class _Programs(NamedTuple):
   """Compiled functions of one model.
 
   Attributes:
-    read: params, empty cache, windows, their lengths -> logits and leader after each row's last
-      token, and the cache.
+    read: params, empty caches, windows, their lengths -> logits and leader after each row's last
+      token, and the caches.
     pick: params, state, chooser -> state that has chosen a token but not read it, the token.
     advance: the same, and the token is read.
   """
 
-  read: Callable[..., tuple[jax.Array, jax.Array, KeyValueCache]]
+  read: Callable[..., tuple[jax.Array, jax.Array, Caches]]
   pick: Callable[..., tuple[_State, jax.Array]]
   advance: Callable[..., tuple[_State, jax.Array]]
 
 
 @functools.lru_cache(maxsize=8)
 def _programs(model: LanguageModel) -> _Programs:
-  def read(params: Params, cache: KeyValueCache, window_BT: jax.Array, length_B: jax.Array):
-    logits_BTV, reading = model.read(params, cache, window_BT, jnp.zeros_like(length_B))
+  def read(params: Params, caches: Caches, window_BT: jax.Array, length_B: jax.Array):
+    logits_BTV, reading = model.read(params, caches, window_BT, jnp.zeros_like(length_B))
     row_B, last_B = jnp.arange(window_BT.shape[0]), length_B - 1
     leader_B = _leaders(reading.share_LBTE)[row_B, last_B]
-    return logits_BTV[row_B, last_B], leader_B, reading.cache
+    return logits_BTV[row_B, last_B], leader_B, reading.caches
 
   def pick(params: Params, state: _State, chooser: tuple[jax.Array, ...]):
     del params
@@ -289,9 +288,9 @@ def _programs(model: LanguageModel) -> _Programs:
 
   def advance(params: Params, state: _State, chooser: tuple[jax.Array, ...]):
     state, token_B = pick(params, state, chooser)
-    logits_BTV, reading = model.read(params, state.cache, token_B[:, None], state.length_B)
+    logits_BTV, reading = model.read(params, state.caches, token_B[:, None], state.length_B)
     after = state._replace(
-      cache=reading.cache,
+      caches=reading.caches,
       logits_BV=logits_BTV[:, 0],
       leader_B=_leaders(reading.share_LBTE)[:, 0],
       length_B=state.length_B + 1,
@@ -349,10 +348,10 @@ def _read_windows(
   window_BT = np.full(shape, trained.tokenizer.end_of_text, np.int32)
   for window_T, row in zip(window_BT, rows, strict=True):
     window_T[: len(row.context)] = row.context
-  empty = trained.model.init_cache(len(rows), slots)
-  logits_BV, leader_B, cache = programs.read(trained.params, empty, window_BT, length_B)
+  empty = trained.model.init_caches(len(rows), slots)
+  logits_BV, leader_B, caches = programs.read(trained.params, empty, window_BT, length_B)
   return {
-    "cache": cache,
+    "caches": caches,
     "logits_BV": logits_BV,
     "leader_B": leader_B,
     "length_B": jnp.asarray(length_B),

@@ -39,19 +39,20 @@ def trained(random_params):
 def _scripted(table, context=64, protocol="lines"):
   """A model whose next token after id i is table[i], with certainty; expert 1 leads before "b"."""
 
-  def init_cache(rows, slots):
-    return KeyValueCache(jnp.zeros((1, rows, 1, slots, 1)), jnp.zeros((1, rows, 1, slots, 1)))
+  def init_caches(rows, slots):
+    shape = (rows, 1, slots, 1)
+    return (KeyValueCache(jnp.zeros(shape), jnp.zeros(shape)),)
 
-  def read(params, cache, inputs_BT, start_B):
+  def read(params, caches, inputs_BT, start_B):
     following = np.arange(V)
     for before, after in table.items():
       following[before] = after
     next_BT = jnp.asarray(following)[inputs_BT]
     second_BT = (next_BT == ord("b")).astype(jnp.float32)
     share_LBTE = jnp.stack([1.0 - second_BT, second_BT], -1)[None]
-    return 50.0 * jax.nn.one_hot(next_BT, V), Reading(cache, share_LBTE)
+    return 50.0 * jax.nn.one_hot(next_BT, V), Reading(caches, share_LBTE)
 
-  fields = dict.fromkeys(LanguageModel._fields) | {"init_cache": init_cache, "read": read}
+  fields = dict.fromkeys(LanguageModel._fields) | {"init_caches": init_caches, "read": read}
   config = Config()
   config.model.max_length, config.data.protocol = context, protocol
   return Trained(config, LanguageModel(**fields), {}, ByteTokenizer(), 0, {})
@@ -133,9 +134,9 @@ def test_packed_prompts_follow_an_end_of_text():
   model = _scripted({}, protocol="packed")
   read = model.model.read
 
-  def listen(params, cache, inputs_BT, start_B):
+  def listen(params, caches, inputs_BT, start_B):
     jax.debug.callback(lambda ids: heard.append(ids[0, :3].tolist()), inputs_BT)
-    return read(params, cache, inputs_BT, start_B)
+    return read(params, caches, inputs_BT, start_B)
 
   generate(model._replace(model=model.model._replace(read=listen)), ["ab"], Sampling(max_tokens=1))
   jax.effects_barrier()

@@ -399,14 +399,14 @@ def test_reading_on_is_reading_at_once(built, coupler, positions):
   model, params = built(_config(3, coupler, positions=positions))
   whole_BTV = jax.jit(model.logits)(params, _inputs())
   read = jax.jit(model.read)
-  cache = model.init_cache(B, T)
-  first_BTV, reading = read(params, cache, _inputs()[:, :3], np.zeros(B, np.int32))
+  caches = model.init_caches(B, T)
+  first_BTV, reading = read(params, caches, _inputs()[:, :3], np.zeros(B, np.int32))
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
   close(first_BTV, whole_BTV[:, :3])
   # Row 0 goes back to place 1: what it has read behind that counts for nothing any more.
   start_B = np.array([1, 3], np.int32)
   next_BT = np.stack([_inputs()[0, 1:3], _inputs()[1, 3:5]])
-  next_BTV, reading = read(params, reading.cache, next_BT, start_B)
+  next_BTV, reading = read(params, reading.caches, next_BT, start_B)
   close(next_BTV[0], whole_BTV[0, 1:3])
   close(next_BTV[1], whole_BTV[1, 3:5])
   close(reading.share_LBTE.sum(-1), np.ones((L, B, 2)))
@@ -418,8 +418,8 @@ def test_shares_are_the_gates_where_experts_agree(built):
   model, params = built(config)
   experts = jax.tree.map(lambda a: np.repeat(a[:, :1], 3, axis=1), params["layers"]["experts"])
   params = {**params, "layers": {**params["layers"], "experts": experts}}
-  cache = model.init_cache(B, T)
-  _, reading = jax.jit(model.read)(params, cache, _inputs(), np.zeros(B, np.int32))
+  caches = model.init_caches(B, T)
+  _, reading = jax.jit(model.read)(params, caches, _inputs(), np.zeros(B, np.int32))
   _, aux = jax.jit(model.features)(params, _inputs(), np.ones((B, T), np.float32), None)
   assert np.ptp(aux.gate_load_LE) > 0.1
   np.testing.assert_allclose(reading.share_LBTE.mean((1, 2)), aux.gate_load_LE, rtol=1e-4)
