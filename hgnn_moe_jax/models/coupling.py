@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from hgnn_moe_jax import extensions, token_products
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import hypergraph
-from hgnn_moe_jax.models.layers import LayerNorm, fan_in_normal, named, project
+from hgnn_moe_jax.models.layers import LayerNorm, fan_in_normal, gelu, named, project
 
 # softplus(_ONE) = 1: learned positive weights start at 1.
 _ONE = 0.5413248546129181
@@ -164,7 +164,7 @@ class Coupler(nn.Module):
         f"out_kernel_{g}", named(fan_in_normal(D, gain), "hidden", "embed"), (D, D)
       )
       message_EBTD = project(_mix(operator, h_EBTD), in_DD)
-      y_EBTD = y_EBTD + project(jax.nn.gelu(message_EBTD), out_DD)
+      y_EBTD = y_EBTD + project(gelu(message_EBTD), out_DD)
     return y_EBTD
 
 

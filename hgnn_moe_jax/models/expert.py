@@ -16,6 +16,7 @@ from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.layers import (
   dropout,
   fan_in_normal,
+  gelu,
   named,
   normalize,
   project_all,
@@ -130,7 +131,7 @@ class ExpertBlocks(nn.Module):
     )
     bias_EF = bias_EF + jnp.einsum("ED,EDF->EF", norm_bias_ED, kernel_EDF)
     inner_EBTF = project_each(hidden_EBTD, kernel_EDF * norm_scale_ED[:, :, None])
-    inner_EBTF = jax.nn.gelu(inner_EBTF + bias_EF.astype(self.dtype).reshape(E, 1, 1, F))
+    inner_EBTF = gelu(inner_EBTF + bias_EF.astype(self.dtype).reshape(E, 1, 1, F))
     outer_EBTD = project_each(inner_EBTF, out_EFD)
     return outer_EBTD + out_bias_ED.astype(self.dtype).reshape(E, 1, 1, D)
 

@@ -104,6 +104,10 @@ def project_each(x_EBTD: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
   return product.reshape(E, B, T, kernel_EDF.shape[-1])
 
 
+# Of all that its formula goes through, only x is kept for the backward pass.
+gelu = jax.checkpoint(jax.nn.gelu)
+
+
 def spread(x_BTD: jax.Array, num_experts: int) -> jax.Array:
   """The same x for every expert, [E, B, T, D]; its gradient is a sum over experts.
 
