@@ -6,9 +6,13 @@ tokens and back again: that took two to three times as long. Many experts, or ex
 devices, are multiplied by einsum.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+# Tensor cores would round float32 operands to 10 bits; these products are bound by memory.
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 _MOST_WRITTEN_OUT = 8
 
 
@@ -20,7 +24,7 @@ def _few(a_EBTD: jax.Array) -> bool:
 def mix(operator_EEBT: jax.Array, h_EBTD: jax.Array) -> jax.Array:
   """sum_j P_ij h_j, receiver by sender: [E, B, T, D] of both arguments' dtype."""
   if not _few(h_EBTD):
-    return jnp.einsum("ijBT,jBTD->iBTD", operator_EEBT, h_EBTD)
+    return _einsum("ijBT,jBTD->iBTD", operator_EEBT, h_EBTD)
   mixed_EBTD = operator_EEBT[:, 0, :, :, None] * h_EBTD[None, 0]
   for j in range(1, h_EBTD.shape[0]):
     mixed_EBTD += operator_EEBT[:, j, :, :, None] * h_EBTD[None, j]
@@ -31,23 +35,16 @@ def mix(operator_EEBT: jax.Array, h_EBTD: jax.Array) -> jax.Array:
 def products(a_EBTD: jax.Array, b_EBTD: jax.Array) -> jax.Array:
   """<a_i, b_j>: [E, E, B, T] float32."""
   if not _few(a_EBTD):
-    return jnp.einsum("iBTD,jBTD->ijBT", a_EBTD, b_EBTD, preferred_element_type=jnp.float32)
+    return _einsum("iBTD,jBTD->ijBT", a_EBTD, b_EBTD, preferred_element_type=jnp.float32)
   experts = range(a_EBTD.shape[0])
   return jnp.stack([jnp.stack([_dot(a_EBTD[i], b_EBTD[j]) for j in experts]) for i in experts])
 
 
 @jax.custom_vjp
 def gram(a_EBTD: jax.Array) -> jax.Array:
-  """<a_i, a_j>: [E, E, B, T] float32, symmetric. Float32 operands are multiplied as such."""
+  """<a_i, a_j>: [E, E, B, T] float32, symmetric: half of `products`."""
   if not _few(a_EBTD):
-    # Tensor cores would round them to 10 bits.
-    return jnp.einsum(
-      "iBTD,jBTD->ijBT",
-      a_EBTD,
-      a_EBTD,
-      precision=jax.lax.Precision.HIGHEST,
-      preferred_element_type=jnp.float32,
-    )
+    return products(a_EBTD, a_EBTD)
   experts = range(a_EBTD.shape[0])
   half = {(i, j): _dot(a_EBTD[i], a_EBTD[j]) for i in experts for j in range(i + 1)}
   return jnp.stack([jnp.stack([half[max(i, j), min(i, j)] for j in experts]) for i in experts])

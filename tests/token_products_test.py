@@ -71,6 +71,13 @@ def test_low_precision(E):
     assert {x.dtype for x in pull(sums)} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.parametrize("E", [3, 9])
+def test_no_product_of_matrices_rounds_its_operands(E):
+  gradient = jax.grad(lambda a: jnp.square(token_products.gram(a)).sum())
+  text = str(jax.make_jaxpr(gradient)(jnp.ones((E, B, T, D))))
+  assert text.count("dot_general[") == text.count("HIGHEST") / 2 == (2 if E == 9 else 0)
+
+
 @pytest.mark.parametrize("E", [8, 9])
 def test_nothing_has_pairs_and_a_model_axis(E):
   gradient = jax.grad(lambda a: jnp.square(token_products.gram(a)).sum())

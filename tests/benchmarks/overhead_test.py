@@ -45,10 +45,10 @@ def test_both_steps_train_the_same_model_alike(tiny_config):
 
 
 def test_every_variant_is_timed_against_without(tiny_config, monkeypatch):
-  pairs = {name: overhead.VARIANTS[name] for name in ("adaptive both, pairs",)}
+  pairs = {name: overhead.VARIANTS[name] for name in ("measured", "adaptive both, pairs")}
   monkeypatch.setattr(overhead, "VARIANTS", pairs)
   result = overhead.measure(tiny_config(), VOCAB, rounds=3)
-  assert list(result) == ["without", "adaptive both, pairs"]
+  assert list(result) == ["without", "measured", "adaptive both, pairs"]
   assert result["without"]["ratio"] == 1.0
   for r in result.values():
     assert r["seconds"] > 0.0 and 0.0 < r["ratio_low"] <= r["ratio"] <= r["ratio_high"] < math.inf

@@ -18,6 +18,16 @@ def test_normalize_by_hand():
   assert np.isfinite(jax.grad(lambda x: layers.normalize(x)[0])(jnp.ones(3))).all()
 
 
+def test_gelu_keeps_its_argument_only():
+  x = jnp.asarray(_normal(0, 5))
+  value, pull = jax.vjp(layers.gelu, x)
+  (kept,) = jax.tree.leaves(pull)
+  np.testing.assert_array_equal(kept, x)
+  wanted, wanted_pull = jax.vjp(jax.nn.gelu, x)
+  np.testing.assert_allclose(value, wanted, rtol=1e-6)
+  np.testing.assert_allclose(pull(jnp.ones(5))[0], wanted_pull(jnp.ones(5))[0], rtol=1e-6)
+
+
 def test_layer_norm_has_gain_and_bias():
   params = {"scale": np.array([1, 2, 3], np.float32), "bias": np.array([5, 6, 7], np.float32)}
   x_BTD = _normal(0, 2, 1, 3)
