@@ -184,6 +184,8 @@ class Network(nn.Module):
       in_axes=in_axes,
       length=c.num_layers,
       unroll=1 if self.is_initializing() else _unroll(c.num_layers),
+      # The check traces the layer a second time, for broadcast variables, of which there are none.
+      check_constancy_invariants=False,
       metadata_params={nn.PARTITION_NAME: None},
     )
     layers = scanned(c, self.dtype, self.measure, name="layers")
@@ -251,6 +253,7 @@ def build(
   dtype = compute_dtype(config)
   network = Network(config, vocab_size, dtype, measure, remat)
 
+  @jax.jit  # For its trace, which whoever asks for shapes, names or numbers shares.
   def boxed(key: jax.Array) -> Any:
     inputs_BT = jnp.zeros((1, 2), jnp.int32)
     return dict(network.init(key, inputs_BT, jnp.ones((1, 2)), None)["params"])

@@ -242,17 +242,22 @@ def make_dispatch(
     shardings: of (state, records), on a mesh.
   """
 
+  @jax.jit  # Traced once, for the records' shapes and for the loop.
+  def step(state: TrainState, feed: Feed, k: jax.Array) -> tuple[TrainState, StepRecord]:
+    return train_step(state, pick(feed, k, max_length, fill))
+
   def dispatch(state: TrainState, feed: Feed, n: jax.Array) -> tuple[TrainState, StepRecord]:
-    shapes = jax.eval_shape(lambda s: train_step(s, pick(feed, 0, max_length, fill))[1], state)
+    _, shapes = jax.eval_shape(step, state, feed, n)
     records = jax.tree.map(lambda s: jnp.zeros((max_steps, *s.shape), s.dtype), shapes)
 
     def body(k, carry):
       state, records = carry
-      state, record = train_step(state, pick(feed, k, max_length, fill))
+      state, record = step(state, feed, k)
       records = jax.tree.map(lambda all_, one: all_.at[k].set(one), records, record)
       return state, records
 
-    return jax.lax.fori_loop(0, n, body, (state, records))
+    # From a zero of n's type: k is then of it, and the trace is found again.
+    return jax.lax.fori_loop(jnp.zeros_like(n), n, body, (state, records))
 
   return jax.jit(dispatch, donate_argnums=0, out_shardings=shardings)
 

@@ -10,6 +10,7 @@ import shutil
 import jax
 import pytest
 
+from hgnn_moe_jax.analysis import style
 from hgnn_moe_jax.analysis.compare import group_runs
 from hgnn_moe_jax.analysis.runs import read_run
 from hgnn_moe_jax.training import loop
@@ -34,8 +35,9 @@ def _sketches(request, monkeypatch):
 
 
 @pytest.fixture
-def drawn():
-  """For tests of what is to be seen."""
+def drawn(monkeypatch):
+  """For tests of what is to be seen, of which few dots are enough."""
+  monkeypatch.setattr(style, "DOTS_PER_INCH", 40)
 
 
 @pytest.fixture

@@ -20,8 +20,14 @@ _PATIENCE = 240  # seconds, on a machine that does other things, too
 
 @pytest.fixture(scope="module")
 def config(tiny_config):
+  """One layer: all that it is compiled for, over and over, is to be stopped and continued."""
   return tiny_config(
-    **{"training.steps": 40, "training.checkpoint_every": 10, "evaluation.every": 20}
+    **{
+      "model.num_layers": 1,
+      "training.steps": 40,
+      "training.checkpoint_every": 10,
+      "evaluation.every": 20,
+    }
   )
 
 
