@@ -15,20 +15,13 @@ resume.
 import copy
 import dataclasses
 import json
-import math
 from itertools import combinations
-from typing import Any, cast
+from typing import Any
 
-from hgnn_moe_jax import extensions
+from hgnn_moe_jax import config_rules
 from hgnn_moe_jax.errors import ConfigError
 
-COUPLERS = ("graph", "hypergraph", "mean", "matrix", "attention")
 HYPEREDGE_FAMILIES = ("pairs", "triplets", "all")
-SOURCES = ("sotu", "text", "json", "parquet", "hf", "tfds")
-TOKENIZERS = ("gpt2", "bpe", "bytes")
-# adaptive: schedule x depth x performance x emergency. schedule: schedule x depth. feedback: nuPI
-# on the score. convergence, performance: similarity, or the training loss, sets the strength.
-CONTROLLERS = ("constant", "schedule", "adaptive", "feedback", "convergence", "performance")
 
 
 def _free(default: Any) -> Any:
@@ -218,55 +211,8 @@ class Config:
 
   def validate(self) -> "Config":
     """Returns self, or raises ConfigError naming the first field that cannot work and the cure."""
-    _require_types(self)
-    if not 0 <= self.seed < 2**32:
-      raise ConfigError("seed", self.seed, "use a value in [0, 2**32)")
-    for field, choices in _CHOICES.items():
-      group, name = field.split(".")
-      value = getattr(getattr(self, group), name)
-      if field in extensions.FIELDS and extensions.is_path(value):
-        extensions.load(field, value)
-      elif value not in choices:
-        raise ConfigError(field, value, f"use one of {', '.join(choices)}")
-    for field, (low, high) in _RANGES.items():
-      bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-      _require(
-        self,
-        field,
-        lambda v, lo=low, hi=high: math.isfinite(v) and lo <= v <= hi,
-        f"use a value {bounds}",
-      )
-    self._validate_model()
-    self._validate_control()
-    self._validate_data()
-    self._validate_training()
-    self._validate_mesh()
+    config_rules.check(self)
     return self
-
-  def _validate_model(self) -> None:
-    m, o = self.model, self.orthogonality
-    if m.embed_dim % m.num_heads:
-      raise ConfigError(
-        "model.num_heads", m.num_heads, f"use a divisor of model.embed_dim={m.embed_dim}"
-      )
-    if m.positions == "rotary" and (m.embed_dim // m.num_heads) % 2:
-      raise ConfigError(
-        "model.positions",
-        m.positions,
-        f"rotary needs an even head size, not {m.embed_dim // m.num_heads}",
-      )
-    if m.coupler == "hypergraph":
-      m.hyperedge_list()
-    if o.weight_form == "spectral" and o.subspace_rank >= m.embed_dim:
-      raise ConfigError(
-        "orthogonality.subspace_rank", o.subspace_rank, f"use less than embed_dim={m.embed_dim}"
-      )
-    if m.num_experts == 1 and any(self.penalties()):
-      raise ConfigError(
-        "model.num_experts",
-        1,
-        "orthogonality needs two experts; set both strengths to 0 and adaptive.controller=constant",
-      )
 
   def penalties(self) -> tuple[bool, bool]:
     """Whether the weight and the output penalty are part of the loss."""
@@ -275,83 +221,6 @@ class Config:
     weight = o.weight_strength > 0 or "weight" in driven or "both" in driven
     output = o.output_strength > 0 or "output" in driven or "both" in driven
     return weight, output
-
-  def _validate_control(self) -> None:
-    a, o = self.adaptive, self.orthogonality
-    if a.controller == "constant":
-      if a.pair_emphasis:
-        raise ConfigError(
-          "adaptive.pair_emphasis",
-          a.pair_emphasis,
-          "set it to 0: adaptive.controller=constant adapts nothing",
-        )
-      return
-    if a.minimum_strength > a.maximum_strength:
-      raise ConfigError(
-        "adaptive.minimum_strength",
-        a.minimum_strength,
-        f"use at most adaptive.maximum_strength={a.maximum_strength}",
-      )
-    if a.specialization_tolerance >= a.target_specialization:
-      raise ConfigError(
-        "adaptive.specialization_tolerance",
-        a.specialization_tolerance,
-        f"use less than adaptive.target_specialization={a.target_specialization}",
-      )
-    driven = {"weight": ("weight",), "output": ("output",), "both": ("weight", "output")}
-    for name in driven[a.objective]:
-      if strength := getattr(o, f"{name}_strength"):
-        raise ConfigError(
-          f"orthogonality.{name}_strength",
-          strength,
-          f"set it to 0: adaptive.controller={a.controller} drives this penalty from "
-          "adaptive.initial_strength",
-        )
-
-  def _validate_data(self) -> None:
-    d = self.data
-    if d.tokenizer not in TOKENIZERS and not d.tokenizer.endswith(".json"):
-      raise ConfigError(
-        "data.tokenizer",
-        d.tokenizer,
-        f"use {', '.join(TOKENIZERS)} or the path of a tokenizer.json",
-      )
-    if d.source != "sotu" and not d.path:
-      what = "the data set's name" if d.source in ("hf", "tfds") else "a file or a folder"
-      raise ConfigError("data.path", d.path, f"data.source={d.source} needs {what}")
-    if self.evaluation.stride > self.model.max_length:
-      raise ConfigError(
-        "evaluation.stride",
-        self.evaluation.stride,
-        f"use at most model.max_length={self.model.max_length}",
-      )
-    if self.evaluation.stride and d.protocol == "lines":
-      raise ConfigError(
-        "evaluation.stride", self.evaluation.stride, "a sliding context needs data.protocol=packed"
-      )
-
-  def _validate_training(self) -> None:
-    t = self.training
-    if bool(t.steps) == bool(t.epochs):
-      raise ConfigError(
-        "training.steps",
-        t.steps,
-        f"set one of training.steps and training.epochs ({t.epochs}), not both",
-      )
-    if t.batch_size % t.accumulation:
-      raise ConfigError(
-        "training.accumulation",
-        t.accumulation,
-        f"use a divisor of training.batch_size={t.batch_size}",
-      )
-
-  def _validate_mesh(self) -> None:
-    for field, size, divided in (
-      ("mesh.expert", self.mesh.expert, "model.num_experts"),
-      ("mesh.model", self.mesh.model, "model.num_heads"),
-    ):
-      if (whole := getattr(self.model, divided.removeprefix("model."))) % size:
-        raise ConfigError(field, size, f"use a divisor of {divided}={whole}")
 
   def to_dict(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
@@ -408,99 +277,3 @@ def difference(old: Config, new: Config) -> list[str]:
       if u != v and field.metadata.get("meaning", True):
         lines.append(f"{group.name}.{field.name}: {u!r} -> {v!r}")
   return lines
-
-
-def _require_types(config: Any, prefix: str = "") -> None:
-  """Command-line values are converted and checked by their flags; those in a file are not."""
-  for field in dataclasses.fields(config):
-    value, kind = getattr(config, field.name), cast(type, field.type)
-    if kind in _GROUPS.values():
-      _require_types(value, f"{field.name}.")
-    elif type(value) is not kind and not (kind is float and type(value) is int):
-      raise ConfigError(prefix + field.name, value, f"use a value of type {kind.__name__}")
-
-
-def _require(config: Config, field: str, holds: Any, cure: str) -> None:
-  group, name = field.split(".")
-  value = getattr(getattr(config, group), name)
-  if not holds(value):
-    raise ConfigError(field, value, cure)
-
-
-_CHOICES = {
-  "model.coupler": COUPLERS,
-  "model.hypergraph_normalization": ("symmetric", "row"),
-  "model.pooling": ("mean", "gate"),
-  "model.positions": ("learned", "rotary"),
-  "model.compute_dtype": ("auto", "float32", "bfloat16"),
-  "data.source": SOURCES,
-  "data.rows": ("documents", "lines"),
-  "data.protocol": ("packed", "lines"),
-  "data.placement": ("auto", "device", "host"),
-  "orthogonality.weight_target": ("ffn_input", "ffn_output", "attention", "combined"),
-  "orthogonality.weight_form": ("gram", "spectral"),
-  "orthogonality.output_form": ("cosine", "covariance"),
-  "adaptive.controller": CONTROLLERS,
-  "adaptive.signal": ("weight", "output"),
-  "adaptive.objective": ("weight", "output", "both"),
-  "adaptive.decay_schedule": ("cosine", "exponential", "linear", "step", "none"),
-  "training.optimizer": ("adamw", "muon"),
-  "training.schedule": ("cosine", "wsd", "constant"),
-}
-
-_RANGES = {
-  "model.embed_dim": (1, math.inf),
-  "model.num_layers": (1, math.inf),
-  "model.num_heads": (1, math.inf),
-  "model.num_experts": (1, math.inf),
-  "model.ffn_multiplier": (1, math.inf),
-  "model.coupler_layers": (1, math.inf),
-  "model.dropout": (0.0, 0.99),
-  "model.max_length": (2, math.inf),
-  "data.vocab_size": (258, math.inf),
-  "data.split_seed": (0, math.inf),
-  "orthogonality.weight_strength": (0.0, math.inf),
-  "orthogonality.output_strength": (0.0, math.inf),
-  "orthogonality.subspace_rank": (1, math.inf),
-  "orthogonality.warmup_steps": (0, math.inf),
-  "adaptive.initial_strength": (1e-9, math.inf),
-  "adaptive.minimum_strength": (0.0, math.inf),
-  "adaptive.maximum_strength": (1e-9, math.inf),
-  "adaptive.decay_floor": (1e-6, 1.0),
-  "adaptive.adaptation_frequency": (1, math.inf),
-  "adaptive.target_specialization": (0.01, 0.9999),
-  "adaptive.specialization_tolerance": (1e-6, 0.5),
-  "adaptive.deeper_layer_scaling": (0.01, 1.0),
-  "adaptive.pair_emphasis": (0.0, 10.0),
-  "adaptive.performance_window": (1, math.inf),
-  "adaptive.collapse_threshold": (0.001, 1.0),
-  "adaptive.boost_multiplier": (1.0, math.inf),
-  "adaptive.emergency_window": (10, math.inf),
-  "adaptive.emergency_grace": (0, math.inf),
-  "adaptive.integral_gain": (1e-9, math.inf),
-  "adaptive.proportional_gain": (0.0, math.inf),
-  "adaptive.error_filtering": (0.0, 0.9999),
-  "training.steps": (0, math.inf),
-  "training.epochs": (0.0, math.inf),
-  "training.batch_size": (1, math.inf),
-  "training.accumulation": (1, math.inf),
-  "training.learning_rate": (0.0, math.inf),
-  "training.warmup_steps": (0, math.inf),
-  "training.decay_fraction": (0.0, 1.0),
-  "training.final_learning_rate": (0.0, math.inf),
-  "training.weight_decay": (0.0, math.inf),
-  "training.beta1": (0.0, 0.9999),
-  "training.beta2": (0.0, 0.999999),
-  "training.clip_norm": (0.0, math.inf),
-  "training.ema_decay": (0.0, 0.999999),
-  "training.steps_per_dispatch": (1, math.inf),
-  "training.log_every": (1, math.inf),
-  "training.checkpoint_every": (1, math.inf),
-  "training.keep_checkpoints": (1, math.inf),
-  "evaluation.every": (1, math.inf),
-  "evaluation.batch_size": (0, math.inf),
-  "evaluation.stride": (0, math.inf),
-  "mesh.data": (0, math.inf),
-  "mesh.expert": (1, math.inf),
-  "mesh.model": (1, math.inf),
-}

@@ -91,7 +91,7 @@ def test_the_page_has_the_seeds_runs():
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.split("--config")[-1][:60])
 def test_commands_run_when_shrunk(command, tiny_config, tmp_path, shared_programs):
-  """As written, with the tiny run's sizes but one layer, its text and length: the last value counts."""
+  """As written, then the sizes, text and length of the tiny run: the last value counts."""
   arguments, tiny = split(command), tiny_config()
   for field in ("embed_dim", "num_heads", "ffn_multiplier", "max_length"):
     arguments.append(f"--config.model.{field}={getattr(tiny.model, field)}")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hgnn_moe_jax.config import CONTROLLERS
+from hgnn_moe_jax.config_rules import CONTROLLERS
 from hgnn_moe_jax.errors import ConfigError
 from hgnn_moe_jax.training import events, loop
 from hgnn_moe_jax.training.assembly import make_controller
