@@ -1,6 +1,7 @@
 """Strict numerics for every test: no silent dtype or rank promotion, compiled code kept on disk."""
 
 import dataclasses
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -34,6 +35,9 @@ import pytest
 from hgnn_moe_jax.config import Config
 
 _ROOT = pathlib.Path(__file__).parent.parent
+
+# Tracing makes millions of objects that live on; looking through them took an eighth of its time.
+gc.set_threshold(200_000, 50, 50)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

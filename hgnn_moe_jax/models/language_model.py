@@ -185,7 +185,8 @@ class Network(nn.Module):
       length=c.num_layers,
       unroll=1 if self.is_initializing() else _unroll(c.num_layers),
       # The check traces the layer a second time, for broadcast variables, of which there are none.
-      check_constancy_invariants=False,
+      # It also decides how keys are split: without it, a seed would draw other parameters.
+      check_constancy_invariants=self.is_initializing(),
       metadata_params={nn.PARTITION_NAME: None},
     )
     layers = scanned(c, self.dtype, self.measure, name="layers")

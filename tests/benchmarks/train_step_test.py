@@ -52,9 +52,7 @@ def test_the_forward_pass_by_hand():
   per_layer = tokens * E * (block + attention + spread + pooled)
   # Gains and biases of the norms, folded into the kernels: once per step, not per token.
   folded = E * (3 * D * D + 4 * D * D)
-  # Equal gates, averaged over tokens for Aux: in each layer and, since they depend on none, once
-  # more outside of the loop.
-  gates = (L + 1) * tokens * E
+  gates = L * tokens * E  # equal ones, averaged over tokens for Aux
   head = tokens * D * V
   wanted = 2 * (L * (per_layer + folded) + gates + head)
   assert train_step.forward_flops(config, V) == wanted

@@ -423,3 +423,10 @@ def test_shares_are_the_gates_where_experts_agree(built):
   _, aux = jax.jit(model.features)(params, _inputs(), np.ones((B, T), np.float32), None)
   assert np.ptp(aux.gate_load_LE) > 0.1
   np.testing.assert_allclose(reading.share_LBTE.mean((1, 2)), aux.gate_load_LE, rtol=1e-4)
+
+
+def test_a_seed_draws_what_it_always_drew():
+  """Else every figure that was measured before would be another run's."""
+  params = jax.jit(language_model.build(_config(3), V, _updates).init)(jax.random.key(0))
+  drawn = [params["embedding"][0, 0], *params["layers"]["experts"]["qkv_kernel"][:, 1, 0, 0, 0, 0]]
+  np.testing.assert_allclose(drawn, [0.02692044, -0.1496902, 0.4610273], rtol=1e-5)
