@@ -208,7 +208,9 @@ def main() -> None:
   """The command."""
   shapes = flags.DEFINE_list("shape", ["small"], f"Of {', '.join(SHAPES)}.")
   couplers = flags.DEFINE_list("coupler", ["graph"], f"Of {', '.join(COUPLERS)}.")
-  sweep = flags.DEFINE_string("sweep", None, "FIELD=VALUE,VALUE,...: one measurement each.")
+  sweep = flags.DEFINE_multi_string(
+    "sweep", [], "FIELD=VALUE,VALUE,...: one measurement each. Several: all combinations."
+  )
   rounds = flags.DEFINE_integer("rounds", 5, "Timed dispatches.", 3)
   out = flags.DEFINE_string("out", None, "JSON file for the result.")
 
@@ -222,7 +224,7 @@ def main() -> None:
       fields, vocab_size = SHAPES[shape]
       for coupler in couplers.value:
         base = with_fields(Config(name=shape), {**EVERYWHERE, **fields, **COUPLERS[coupler]})
-        for cell in parse_grid([sweep.value] if sweep.value else [], base):
+        for cell in parse_grid(sweep.value, base):
           config = with_fields(base, cell.values).validate()
           named = {"shape": shape, "coupler": coupler, "sweep": cell.name if cell.values else ""}
           results.append({**named, **measure(config, vocab_size, rounds.value)})

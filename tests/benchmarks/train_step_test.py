@@ -77,13 +77,16 @@ def command(monkeypatch, capsys):
 def test_a_measurement(command, tmp_path):
   out = tmp_path / "result.json"
   status, printed, _ = command(
-    "--shape=tiny", "--sweep=model.num_layers=1", "--rounds=3", f"--out={out}"
+    "--shape=tiny",
+    *("--sweep=model.num_layers=1", "--sweep=training.batch_size=2"),
+    *("--rounds=3", f"--out={out}"),
   )
   assert status == 0
   result = json.loads(out.read_text())
   (one,) = result["measurements"]
-  assert f"| tiny | graph | num_layers=1 | {1000 * one['seconds_per_step']:.1f} |" in printed
-  tokens = 4 * 16
+  name = "num_layers=1,batch_size=2"
+  assert f"| tiny | graph | {name} | {1000 * one['seconds_per_step']:.1f} |" in printed
+  tokens = 2 * 16
   assert one["tokens_per_second"] * one["seconds_per_step"] == pytest.approx(tokens)
   assert one["matmul_flops_per_second"] * one["seconds_per_step"] == pytest.approx(
     one["matmul_flops"]
