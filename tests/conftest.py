@@ -48,6 +48,14 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+# The files that take minutes, so that no worker is left with one of them at the end.
+_FIRST = ("many_devices_test", "notebooks_test", "analyze_test", "two_processes_test")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  items.sort(key=lambda item: _FIRST.index(s) if (s := item.path.stem) in _FIRST else len(_FIRST))
+
+
 def _data_folder() -> pathlib.Path | None:
   """Where WikiText-2 lies: HGNN_MOE_DATA, or shared/data beside the checkout."""
   candidates = [_ROOT.parent / "shared" / "data"]
