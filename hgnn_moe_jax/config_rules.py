@@ -106,20 +106,16 @@ def check(config: "Config") -> None:
   if not 0 <= config.seed < 2**32:
     raise ConfigError("seed", config.seed, "use a value in [0, 2**32)")
   for field, choices in _CHOICES.items():
-    group, name = field.split(".")
-    value = getattr(getattr(config, group), name)
+    value = _value(config, field)
     if field in extensions.FIELDS and extensions.is_path(value):
       extensions.load(field, value)
     elif value not in choices:
       raise ConfigError(field, value, f"use one of {', '.join(choices)}")
   for field, (low, high) in _RANGES.items():
-    bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-    _require(
-      config,
-      field,
-      lambda v, lo=low, hi=high: math.isfinite(v) and lo <= v <= hi,
-      f"use a value {bounds}",
-    )
+    value = _value(config, field)
+    if not (math.isfinite(value) and low <= value <= high):
+      bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+      raise ConfigError(field, value, f"use a value {bounds}")
   _check_model(config)
   _check_control(config)
   _check_data(config)
@@ -137,11 +133,9 @@ def _require_types(config: Any, prefix: str = "") -> None:
       raise ConfigError(prefix + field.name, value, f"use a value of type {kind.__name__}")
 
 
-def _require(config: "Config", field: str, holds: Any, cure: str) -> None:
+def _value(config: "Config", field: str) -> Any:
   group, name = field.split(".")
-  value = getattr(getattr(config, group), name)
-  if not holds(value):
-    raise ConfigError(field, value, cure)
+  return getattr(getattr(config, group), name)
 
 
 def _check_model(config: "Config") -> None:

@@ -256,7 +256,7 @@ def make_dispatch(
       records = jax.tree.map(lambda all_, one: all_.at[k].set(one), records, record)
       return state, records
 
-    # From a zero of n's type: k is then of it, and the trace is found again.
+    # A bare 0 would make k weakly typed, which is another type than n's: another trace.
     return jax.lax.fori_loop(jnp.zeros_like(n), n, body, (state, records))
 
   return jax.jit(dispatch, donate_argnums=0, out_shardings=shardings)
