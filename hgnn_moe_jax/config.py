@@ -1,9 +1,10 @@
-"""The whole configuration of a run: typed dataclasses, validation, JSON, difference.
+"""The whole configuration of a run: typed dataclasses, JSON, difference.
 
-Every knob of the project is a field here; nothing reads a default from anywhere else. The classes
-are mutable dataclasses because `ml_collections.config_flags` sets overrides on them
-(`--config.model.num_experts=8`); after `Config.validate()` nobody changes them. They have slots, so
-that a misspelt field in a config file is an error and not a new attribute that nobody reads.
+Every knob of the project is a field here; nothing reads a default from anywhere else. What a field
+may hold is in `config_rules`. The classes are mutable dataclasses because
+`ml_collections.config_flags` sets overrides on them (`--config.model.num_experts=8`); after
+`Config.validate()` nobody changes them. They have slots, so that a misspelt field in a config file
+is an error and not a new attribute that nobody reads.
 
 Four fields also take an import path, "package.module:name": see `extensions`.
 
