@@ -2,14 +2,19 @@
 
 Few experts' products are written out, pair by pair. As products of matrices they would be very
 small ones, E x D x E for every token, for which XLA's CPU backend moves the experts behind the
-tokens and back again: that took two to three times as long. Many experts, or experts on several
-devices, are multiplied by einsum.
+tokens and back again: that took two to three times as long. On one GPU few experts' products come
+from `token_kernels`. Many experts, or experts on several devices, are multiplied by einsum.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from hgnn_moe_jax import token_kernels
+
+SAVED = "token products"  # Their name for a policy of rematerialisation: small, and dear to make.
 
 # Tensor cores would round float32 operands to 10 bits; these products are bound by memory.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -20,9 +25,22 @@ def _few(a_EBTD: jax.Array) -> bool:
   return a_EBTD.shape[0] <= _MOST_WRITTEN_OUT and jax.sharding.get_abstract_mesh().empty
 
 
+def _on_gpu(shape_GEND: tuple[int, ...]) -> bool:
+  alone = jax.sharding.get_abstract_mesh().empty
+  return jax.default_backend() == "gpu" and alone and token_kernels.fits(shape_GEND)
+
+
+def _rows(a: jax.Array) -> jax.Array:
+  """[..., B, T, D] -> [1, ..., N, D], the kernels' order."""
+  return a.reshape(1, *a.shape[:-3], -1, a.shape[-1])
+
+
 @jax.custom_vjp
 def mix(operator_EEBT: jax.Array, h_EBTD: jax.Array) -> jax.Array:
   """sum_j P_ij h_j, receiver by sender: [E, B, T, D] of both arguments' dtype."""
+  if _on_gpu(_rows(h_EBTD).shape):
+    operator_GEEN = operator_EEBT.reshape(1, *operator_EEBT.shape[:2], -1)
+    return token_kernels.mix(operator_GEEN, _rows(h_EBTD)).reshape(h_EBTD.shape)
   if not _few(h_EBTD):
     return _einsum("ijBT,jBTD->iBTD", operator_EEBT, h_EBTD)
   mixed_EBTD = operator_EEBT[:, 0, :, :, None] * h_EBTD[None, 0]
@@ -34,6 +52,8 @@ def mix(operator_EEBT: jax.Array, h_EBTD: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def products(a_EBTD: jax.Array, b_EBTD: jax.Array) -> jax.Array:
   """<a_i, b_j>: [E, E, B, T] float32."""
+  if _on_gpu(_rows(a_EBTD).shape):
+    return _by_token(token_kernels.products(_rows(a_EBTD), _rows(b_EBTD)), a_EBTD)
   if not _few(a_EBTD):
     return _einsum("iBTD,jBTD->ijBT", a_EBTD, b_EBTD, preferred_element_type=jnp.float32)
   experts = range(a_EBTD.shape[0])
@@ -41,17 +61,42 @@ def products(a_EBTD: jax.Array, b_EBTD: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def gram(a_EBTD: jax.Array) -> jax.Array:
-  """<a_i, a_j>: [E, E, B, T] float32, symmetric: half of `products`."""
+def gram(a_EBTD: jax.Array, centre_ED: jax.Array) -> jax.Array:
+  """<a_i - centre_i, a_j - centre_j>: [E, E, B, T] float32, symmetric: half of `products`."""
+  if _on_gpu(_rows(a_EBTD).shape):
+    return _by_token(token_kernels.gram(_rows(a_EBTD), centre_ED[None]), a_EBTD)
+  centred_EBTD = _centred(a_EBTD, centre_ED)
   if not _few(a_EBTD):
-    return products(a_EBTD, a_EBTD)
+    return products(centred_EBTD, centred_EBTD)
   experts = range(a_EBTD.shape[0])
-  half = {(i, j): _dot(a_EBTD[i], a_EBTD[j]) for i in experts for j in range(i + 1)}
+  half = {(i, j): _dot(centred_EBTD[i], centred_EBTD[j]) for i in experts for j in range(i + 1)}
   return jnp.stack([jnp.stack([half[max(i, j), min(i, j)] for j in experts]) for i in experts])
+
+
+def _centred(a_EBTD: jax.Array, centre_ED: jax.Array) -> jax.Array:
+  return a_EBTD.astype(jnp.float32) - centre_ED[:, None, None]
+
+
+def _by_token(products_GEEN: jax.Array, a_EBTD: jax.Array) -> jax.Array:
+  return products_GEEN.reshape(*products_GEEN.shape[1:3], *a_EBTD.shape[1:3])
+
+
+@jax.custom_vjp
+def matrix_gram(w_LEDK: jax.Array) -> jax.Array:
+  """<W_i, W_j> of flattened matrices: [..., E, E] float32, for w of [..., E, D, K]."""
+  w_GEDK = w_LEDK.reshape(-1, *w_LEDK.shape[-3:])
+  if _on_gpu(w_GEDK.shape):
+    gram_GEE = token_kernels.gram(w_GEDK).sum(-1)
+    return gram_GEE.reshape(*w_LEDK.shape[:-2], w_LEDK.shape[-3])
+  return _einsum("...edk,...fdk->...ef", w_LEDK, w_LEDK, preferred_element_type=jnp.float32)
 
 
 def _dot(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
   return jnp.sum(x_BTD.astype(jnp.float32) * y_BTD.astype(jnp.float32), axis=-1)
+
+
+def _kept(products: jax.Array) -> jax.Array:
+  return checkpoint_name(products, SAVED)
 
 
 def _mix_backward(residuals, cotangent_EBTD):
@@ -66,11 +111,29 @@ def _products_backward(residuals, cotangent_EEBT):
   return mix(cotangent_EEBT, b_EBTD), mix(jnp.swapaxes(cotangent_EEBT, 0, 1), a_EBTD)
 
 
-def _gram_backward(a_EBTD, cotangent_EEBT):
+def _gram_backward(residuals, cotangent_EEBT):
+  a_EBTD, centre_ED = residuals
   both_ways_EEBT = cotangent_EEBT + jnp.swapaxes(cotangent_EEBT, 0, 1)
-  return (mix(both_ways_EEBT.astype(a_EBTD.dtype), a_EBTD),)
+  if _on_gpu(_rows(a_EBTD).shape):
+    both_ways_GEEN = both_ways_EEBT.reshape(1, *both_ways_EEBT.shape[:2], -1)
+    grad_GEND = token_kernels.mix(both_ways_GEEN, _rows(a_EBTD), centre_ED[None])
+    grad_EBTD = grad_GEND.reshape(a_EBTD.shape)
+  else:
+    grad_EBTD = mix(both_ways_EEBT, _centred(a_EBTD, centre_ED)).astype(a_EBTD.dtype)
+  return grad_EBTD, -jnp.sum(grad_EBTD, (1, 2), jnp.float32)
+
+
+def _matrix_gram_backward(w_LEDK, cotangent_LEE):
+  both_ways_LEE = (cotangent_LEE + jnp.swapaxes(cotangent_LEE, -1, -2)).astype(w_LEDK.dtype)
+  w_GEDK = w_LEDK.reshape(-1, *w_LEDK.shape[-3:])
+  if not _on_gpu(w_GEDK.shape):
+    return (_einsum("...ef,...fdk->...edk", both_ways_LEE, w_LEDK),)
+  both_ways_GEE1 = both_ways_LEE.reshape(-1, *both_ways_LEE.shape[-2:], 1)
+  every_row_GEED = jnp.broadcast_to(both_ways_GEE1, (*both_ways_GEE1.shape[:3], w_LEDK.shape[-2]))
+  return (token_kernels.mix(every_row_GEED, w_GEDK).reshape(w_LEDK.shape),)
 
 
 mix.defvjp(lambda p, h: (mix(p, h), (p, h)), _mix_backward)
-products.defvjp(lambda a, b: (products(a, b), (a, b)), _products_backward)
-gram.defvjp(lambda a: (gram(a), a), _gram_backward)
+products.defvjp(lambda a, b: (_kept(products(a, b)), (a, b)), _products_backward)
+gram.defvjp(lambda a, centre: (_kept(gram(a, centre)), (a, centre)), _gram_backward)
+matrix_gram.defvjp(lambda w: (matrix_gram(w), w), _matrix_gram_backward)

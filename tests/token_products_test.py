@@ -1,11 +1,13 @@
-"""Against naive sums over experts, values and gradients, written out and by einsum."""
+"""Against naive sums over experts, values and gradients: written out, by einsum, by kernels."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hgnn_moe_jax import token_products
+from hgnn_moe_jax import token_kernels, token_products
 
 B, T, D = 2, 3, 5
 
@@ -52,11 +54,65 @@ def test_values_and_gradients(E):
   _assert_close(grad_a, _naive_mix(pairs, b))
   _assert_close(grad_b, _naive_mix(swapped, a))
 
-  gram, pull = jax.vjp(token_products.gram, a)
-  _assert_close(gram, _naive_products(a, a))
+  centre = _normal(5, E, D)
+  centred = a - centre[:, None, None]
+  gram, pull = jax.vjp(token_products.gram, a, centre)
+  _assert_close(gram, _naive_products(centred, centred))
   np.testing.assert_array_equal(gram, np.swapaxes(gram, 0, 1))
-  (grad_a,) = pull(jnp.asarray(pairs))
-  _assert_close(grad_a, _naive_mix(pairs + swapped, a))
+  grad_a, grad_centre = pull(jnp.asarray(pairs))
+  _assert_close(grad_a, _naive_mix(pairs + swapped, centred))
+  _assert_close(grad_centre, -np.asarray(grad_a).sum((1, 2)))
+
+
+@pytest.mark.parametrize("E", [1, 3, 9])
+def test_matrices(E):
+  w = _normal(0, 2, E, 3, 4)
+  gram, pull = jax.vjp(token_products.matrix_gram, w)
+  for layer in range(2):
+    flat = w[layer].reshape(E, -1).astype(np.float64)
+    _assert_close(gram[layer], flat @ flat.T)
+  pairs = _normal(1, 2, E, E)
+  (grad,) = pull(jnp.asarray(pairs))
+  for layer in range(2):
+    flat = w[layer].reshape(E, -1)
+    _assert_close(grad[layer].reshape(E, -1), (pairs[layer] + pairs[layer].T) @ flat)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+  """As on a GPU, but interpreted."""
+  monkeypatch.setattr(token_products, "_on_gpu", token_kernels.fits)
+  for name in ("mix", "products", "gram"):
+    kernel = functools.partial(getattr(token_kernels, name), interpret=True)
+    monkeypatch.setattr(token_kernels, name, kernel)
+
+
+@pytest.mark.parametrize("E", [1, 3, 8])
+def test_kernels_give_the_same(E, request):
+  shape = (E, 2, 6, 64)
+  operator, pairs = _normal(0, E, E, 2, 6), _normal(1, E, E, 2, 6)
+  a, b, vectors, centre = (
+    _normal(2, *shape),
+    _normal(3, *shape),
+    _normal(4, *shape),
+    _normal(5, E, 64),
+  )
+  matrix_pairs = _normal(6, 2, E, E)
+  cases = (
+    (token_products.mix, (operator, a), vectors),
+    (token_products.products, (a, b), pairs),
+    (token_products.gram, (a, centre), pairs),
+    (token_products.matrix_gram, (np.swapaxes(a, 0, 1),), matrix_pairs),
+  )
+  without = [jax.vjp(function, *arguments) for function, arguments, _ in cases]
+  expected = [
+    (value, pull(jnp.asarray(up))) for (value, pull), (*_, up) in zip(without, cases, strict=True)
+  ]
+  request.getfixturevalue("kernels")
+  for (function, arguments, up), (value, gradients) in zip(cases, expected, strict=True):
+    found, pull = jax.vjp(function, *arguments)
+    assert "pallas_call" in str(jax.make_jaxpr(function)(*arguments))
+    jax.tree.map(_assert_close, (found, pull(jnp.asarray(up))), (value, gradients))
 
 
 @pytest.mark.parametrize("E", [3, 9])
@@ -64,23 +120,27 @@ def test_low_precision(E):
   operator, a = jnp.ones((E, E, B, T), jnp.bfloat16), jnp.ones((E, B, T, 300), jnp.bfloat16)
   mixed, pull = jax.vjp(token_products.mix, operator, a)
   assert [x.dtype for x in (mixed, *pull(mixed))] == [jnp.bfloat16] * 3
-  for function, arguments in ((token_products.products, (a, a)), (token_products.gram, (a,))):
+  origin = jnp.zeros((E, 300))
+  for function, arguments in (
+    (token_products.products, (a, a)),
+    (token_products.gram, (a, origin)),
+  ):
     sums, pull = jax.vjp(function, *arguments)
     assert sums.dtype == jnp.float32
     np.testing.assert_array_equal(sums, 300.0)  # A sum of ones in bfloat16 ends at 256.
-    assert {x.dtype for x in pull(sums)} == {jnp.dtype(jnp.bfloat16)}
+    assert [x.dtype for x in pull(sums)] == [x.dtype for x in arguments]
 
 
 @pytest.mark.parametrize("E", [3, 9])
 def test_no_product_of_matrices_rounds_its_operands(E):
-  gradient = jax.grad(lambda a: jnp.square(token_products.gram(a)).sum())
+  gradient = jax.grad(lambda a: jnp.square(token_products.gram(a, jnp.zeros((E, D)))).sum())
   text = str(jax.make_jaxpr(gradient)(jnp.ones((E, B, T, D))))
   assert text.count("dot_general[") == text.count("HIGHEST") / 2 == (2 if E == 9 else 0)
 
 
 @pytest.mark.parametrize("E", [8, 9])
 def test_nothing_has_pairs_and_a_model_axis(E):
-  gradient = jax.grad(lambda a: jnp.square(token_products.gram(a)).sum())
+  gradient = jax.grad(lambda a: jnp.square(token_products.gram(a, jnp.zeros((E, D)))).sum())
   text = str(jax.make_jaxpr(gradient)(jnp.ones((E, B, T, D))))
   assert f"[{E},{E},{B},{T}]" in text
   assert f"[{E},{E},{B},{T},{D}]" not in text

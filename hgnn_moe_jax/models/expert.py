@@ -141,7 +141,7 @@ class ExpertBlocks(nn.Module):
     return (2 * self.config.num_layers) ** -0.5
 
 
-def matrices(layers: dict, target: str) -> dict[str, jax.Array]:
+def matrices(layers: dict, target: str, stored: bool = False) -> dict[str, jax.Array]:
   """The experts' weight matrices by role, D second last: {role: w_LEDK}.
 
   Args:
@@ -149,13 +149,18 @@ def matrices(layers: dict, target: str) -> dict[str, jax.Array]:
     target: "ffn_input" (K = F), "ffn_output" (transposed, K = F), "attention" (two roles: joint
       queries, keys and values with K = 3 N H, and the output projection transposed, K = N H), or
       "combined" (all four). Roles are never mixed: their matrices do different work.
+    stored: leave the two sides of a matrix in the order in which they lie in memory.
   """
+
+  def turned(w_LEKD: jax.Array) -> jax.Array:
+    return w_LEKD if stored else jnp.swapaxes(w_LEKD, -1, -2)
+
   qkv = layers["qkv_kernel"]
   roles = {
     "ffn_input": layers["ffn_in_kernel"],
-    "ffn_output": jnp.swapaxes(layers["ffn_out_kernel"], -1, -2),
+    "ffn_output": turned(layers["ffn_out_kernel"]),
     "attention_input": qkv.reshape(*qkv.shape[:3], -1),
-    "attention_output": jnp.swapaxes(layers["out_kernel"], -1, -2),
+    "attention_output": turned(layers["out_kernel"]),
   }
   chosen = {"attention": ("attention_input", "attention_output"), "combined": tuple(roles)}
   return {role: roles[role] for role in chosen.get(target, (target,))}

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hgnn_moe_jax import token_products
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import head
 from hgnn_moe_jax.models.attention import KeyValueCache
@@ -60,7 +61,7 @@ class LanguageModel(NamedTuple):
     number of slots, which is at most max_length.
   loss(params, x_BTD, targets_BT, weights_BT) -> weighted sum of token losses in nats, float32,
     computed without ever holding the logits whole.
-  expert_matrices(params, target) -> {role: w_LEDK}, see `expert.matrices`.
+  expert_matrices(params, target, stored) -> {role: w_LEDK}, see `expert.matrices`.
   """
 
   init: Callable[[jax.Array], Params]
@@ -70,7 +71,7 @@ class LanguageModel(NamedTuple):
   init_caches: Callable[[int, int], Caches]
   read: Callable[[Params, Caches, jax.Array, jax.Array], tuple[jax.Array, Reading]]
   loss: Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
-  expert_matrices: Callable[[Params, str], dict[str, jax.Array]]
+  expert_matrices: Callable[..., dict[str, jax.Array]]
 
 
 class CoupledLayer(nn.Module):
@@ -115,14 +116,31 @@ def _share(y_EBTD: jax.Array, gate_BTE: jax.Array, z_BTD: jax.Array) -> jax.Arra
   return gate_BTE * along_BTE / jnp.maximum(jnp.square(z_BTD).sum(-1, keepdims=True), 1e-24)
 
 
-def _unroll(num_layers: int) -> int:
-  """Layers per turn of the loop: one, but on CPU up to four.
+_MOST_UNROLLED = 4
 
-  XLA's CPU backend copies a loop's stacked activations; a shallow model unrolled took 2/3 of the
-  time. Compile time stays bounded however deep the model is. Many CPU devices are for trying things
-  out: there compiling is what takes long.
+
+def _is_product(primitive: Any, *_: Any, **params: Any) -> bool:
+  """A policy of `jax.checkpoint`: keep the results of products and of cuDNN's attention.
+
+  In a loop over layers every array that the backward pass wants is copied into a stack and out of
+  it again. What lies between two products is cheaper to compute once more.
   """
-  return min(num_layers, 4) if jax.default_backend() == "cpu" and not on_mesh() else 1
+  name = primitive.name
+  if name == "name":
+    return params["name"] == token_products.SAVED
+  return name == "dot_general" or name.startswith("dot_product_attention_fwd")
+
+
+def _unroll(num_layers: int) -> int:
+  """Layers per turn of the loop: up to four on CPU; elsewhere all of up to four, else one.
+
+  A loop copies activations into stacks and out of them again; a model of four layers unrolled took
+  2/3 of the time on CPU and 5/6 on a GPU. Compile time stays bounded however deep the model is.
+  Many CPU devices are for trying things out: there compiling is what takes long.
+  """
+  if jax.default_backend() == "cpu":
+    return 1 if on_mesh() else min(num_layers, _MOST_UNROLLED)
+  return num_layers if num_layers <= _MOST_UNROLLED else 1
 
 
 class Network(nn.Module):
@@ -173,7 +191,10 @@ class Network(nn.Module):
     if caches is not None:
       x_BTD, report = self._read_layers(x_BTD, position_BT, weights_BT, caches)
       return LayerNorm(name="final_norm")(x_BTD), report
-    layer = nn.remat(CoupledLayer, prevent_cse=False) if self.remat else CoupledLayer
+    layer = CoupledLayer
+    if self.remat or jax.default_backend() != "cpu":
+      policy = None if self.remat else _is_product
+      layer = nn.remat(CoupledLayer, prevent_cse=False, policy=policy)
     # Flax's annotation of in_axes knows integers only.
     by_layer: Any = nn.broadcast if layer_keys is None else 0
     in_axes: Any = (nn.broadcast, nn.broadcast, by_layer)
@@ -309,7 +330,7 @@ def build(
     # Each device goes through the chunks of its own rows and sums the kernel's gradient once.
     return jax.vmap(part, spmd_axis_name="data")(x_sND, target_sN, weight_sN).sum()
 
-  def expert_matrices(params, target):
-    return matrices(params["layers"]["experts"], target)
+  def expert_matrices(params, target, stored=False):
+    return matrices(params["layers"]["experts"], target, stored)
 
   return LanguageModel(init, axes, features, logits, init_caches, read, loss, expert_matrices)

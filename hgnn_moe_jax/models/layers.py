@@ -111,15 +111,20 @@ gelu = jax.checkpoint(jax.nn.gelu)
 def spread(x_BTD: jax.Array, num_experts: int) -> jax.Array:
   """The same x for every expert, [E, B, T, D]; its gradient is a sum over experts.
 
-  Written as a product with ones, as is `expert_mean`: XLA's CPU backend reduces a leading axis 20
-  times slower than it multiplies (20 ms and 1 ms for 4 x 262,144 entries).
+  On CPU written as a product with ones, as is `expert_mean`: XLA reduces a leading axis there 20
+  times slower than it multiplies (20 ms and 1 ms for 4 x 262,144 entries). On a GPU a product would
+  round x to ten bits, and cannot be fused with what comes next.
   """
+  if jax.default_backend() != "cpu":
+    return jnp.broadcast_to(x_BTD[None], (num_experts, *x_BTD.shape))
   ones_E1 = jnp.ones((num_experts, 1), x_BTD.dtype)
   return (ones_E1 @ x_BTD.reshape(1, -1)).reshape(num_experts, *x_BTD.shape)
 
 
 def expert_mean(y_EBTD: jax.Array) -> jax.Array:
-  """Mean over experts, [B, T, D], float32."""
+  """Mean over experts, [B, T, D], float32. See `spread`."""
+  if jax.default_backend() != "cpu":
+    return y_EBTD.astype(jnp.float32).mean(0)
   share_1E = jnp.full((1, y_EBTD.shape[0]), 1 / y_EBTD.shape[0], y_EBTD.dtype)
   flat_EX = y_EBTD.reshape(y_EBTD.shape[0], -1)
   mean_1X = jnp.matmul(share_1E, flat_EX, preferred_element_type=jnp.float32)

@@ -69,22 +69,22 @@ def update_overlap(
     )
   weights_BT = weights_BT.astype(jnp.float32)
   shares_BT = weights_BT / jnp.maximum(jnp.sum(weights_BT), 1.0)
-  updates_EBTD = updates_EBTD.astype(jnp.float32)
-  mean_ED = gram.contract("ebtd,bt->ed", updates_EBTD, shares_BT)
+  mean_ED = _mean_update(updates_EBTD, shares_BT)
   # Masked tokens stay in: every sum over tokens below is weighted, with 0 for them.
-  centred_EBTD = updates_EBTD - mean_ED[:, None, None, :]
-  products_EEBT = token_products.gram(centred_EBTD)
+  products_EEBT = token_products.gram(updates_EBTD, mean_ED)
   each_E = jnp.arange(products_EEBT.shape[0])
   squared_norm_EBT = products_EEBT[each_E, each_E]
   inverse_EBT = gram.inverse_norm(squared_norm_EBT)
   cosine_EEBT = products_EEBT * inverse_EBT[:, None] * inverse_EBT[None]
   squared_scale_E = gram.contract("ebt,bt->e", squared_norm_EBT, shares_BT)
-  if callable(form):
-    overlap_EE = form(centred_EBTD, shares_BT)
-  elif form == "cosine":
+  if form == "cosine":
     overlap_EE = _token_mean(jnp.square(cosine_EEBT), shares_BT)
   else:
-    overlap_EE = _covariance_overlap(centred_EBTD, shares_BT, squared_scale_E)
+    centred_EBTD = updates_EBTD.astype(jnp.float32) - mean_ED[:, None, None, :]
+    if callable(form):
+      overlap_EE = form(centred_EBTD, shares_BT)
+    else:
+      overlap_EE = _covariance_overlap(centred_EBTD, shares_BT, squared_scale_E)
   return UpdateOverlap(
     overlap_EE=overlap_EE,
     absolute_cosine_EE=_token_mean(jnp.abs(cosine_EEBT), shares_BT),
@@ -164,6 +164,14 @@ def _covariance_overlap(
   weighted_EBTD = unit_EBTD * shares_BT[None, :, :, None]
   covariance_EEDD = gram.contract("ebtd,fbtg->efdg", weighted_EBTD, unit_EBTD)
   return gram.normalize(jnp.sum(jnp.square(covariance_EEDD), axis=(-2, -1)))
+
+
+def _mean_update(updates_EBTD: jax.Array, shares_BT: jax.Array) -> jax.Array:
+  """Each expert's mean update, [E, D] float32."""
+  if jax.default_backend() == "cpu":
+    return gram.contract("ebtd,bt->ed", updates_EBTD.astype(jnp.float32), shares_BT)
+  # XLA would write the updates once more, in float32 and another order, to multiply them.
+  return jnp.sum(updates_EBTD.astype(jnp.float32) * shares_BT[None, :, :, None], axis=(1, 2))
 
 
 def _token_mean(values_EEBT: jax.Array, shares_BT: jax.Array) -> jax.Array:

@@ -11,10 +11,12 @@ orthogonal already (mean squared cosine 1 / (D K)), whatever the experts compute
 
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from hgnn_moe_jax import token_products
 from hgnn_moe_jax.orthogonality import gram, subspace
 
 FORMS = ("gram", "spectral")
@@ -85,6 +87,35 @@ def weight_overlap(roles: Mapping[str, jax.Array], form: Form, rank: int) -> jax
   return jnp.sum(_subspace_overlap(scatter_PLEDD, rank), axis=0)
 
 
+class WeightOverlap(NamedTuple):
+  """Attributes:
+  overlap_LEE: as `weight_overlap`.
+  specialization_L: as `weight_specialization`.
+  """
+
+  overlap_LEE: jax.Array
+  specialization_L: jax.Array
+
+
+def compare(
+  roles: Mapping[str, jax.Array], stored: Mapping[str, jax.Array], form: Form, rank: int
+) -> WeightOverlap:
+  """`weight_overlap` and `weight_specialization` of the same matrices, flattened once.
+
+  Args:
+    roles, form, rank: as in `weight_overlap`.
+    stored: the same matrices, each with its two sides as they lie in memory. How an expert's matrix
+      is flattened makes no difference as long as it is the same for all; to transpose them first
+      would move all parameters.
+  """
+  _check(roles, form)
+  cosines_PLEE = jnp.stack([_cosines(w) for w in stored.values()])
+  specialization_L = 1.0 - gram.off_diagonal_mean(jnp.mean(jnp.abs(cosines_PLEE), axis=0))
+  if form == "gram":
+    return WeightOverlap(jnp.sum(jnp.square(cosines_PLEE), axis=0), specialization_L)
+  return WeightOverlap(weight_overlap(roles, form, rank), specialization_L)
+
+
 def weight_overlap_chance(roles: Mapping[str, jax.Array], form: str, rank: int) -> float:
   """Expected off-diagonal `weight_overlap` of independent random experts.
 
@@ -140,7 +171,7 @@ def weight_specialization_chance(roles: Mapping[str, jax.Array]) -> float:
 
 
 def _cosines(w_LEDK: jax.Array) -> jax.Array:
-  return gram.normalize(gram.contract("...edk,...fdk->...ef", w_LEDK, w_LEDK))
+  return gram.normalize(token_products.matrix_gram(w_LEDK))
 
 
 def _scatter(w_LEDK: jax.Array) -> jax.Array:

@@ -110,12 +110,12 @@ def make_train_step(
 
   @jax.named_scope("orthogonality")
   def weight_loss(params, strengths):
-    roles = model.expert_matrices(params, o.weight_target)
-    overlap_LEE = weights.weight_overlap(roles, weight_form, o.subspace_rank)
+    roles, stored = (model.expert_matrices(params, o.weight_target, s) for s in (False, True))
+    found = weights.compare(roles, stored, weight_form, o.subspace_rank)
     term = WeightTerm(
-      overlap_LEE=overlap_LEE,
-      penalty_L=gram.off_diagonal_mean(_by_pair(overlap_LEE, strengths.weight_pairs_LEE)),
-      specialization_L=weights.weight_specialization(roles),
+      overlap_LEE=found.overlap_LEE,
+      penalty_L=gram.off_diagonal_mean(_by_pair(found.overlap_LEE, strengths.weight_pairs_LEE)),
+      specialization_L=found.specialization_L,
     )
     return jnp.sum(strengths.weight_L * term.penalty_L), term
 

@@ -1,0 +1,179 @@
+"""What only a GPU can show: JAX_PLATFORMS=cuda python -m pytest tests/gpu_test.py
+
+Elsewhere skipped. Numbers are compared with float32 at full precision on the same device.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hgnn_moe_jax import token_kernels
+from hgnn_moe_jax.config import Config, with_fields
+from hgnn_moe_jax.data.examples import place, stream_examples
+from hgnn_moe_jax.models import attention, head, language_model
+from hgnn_moe_jax.orthogonality import outputs
+from hgnn_moe_jax.training.assembly import assemble_sized
+from hgnn_moe_jax.training.step import Feed, as_count, init_state, make_dispatch, make_train_step
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
+
+V, T, B = 1001, 64, 8
+
+
+def _normal(seed, shape, dtype=jnp.float32):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def _distance(found, expected):
+  """Of two trees, relative to the second one's norm."""
+  flat = [jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(t)]) for t in (found, expected)]
+  found, expected = (np.asarray(x.astype(jnp.float32), np.float64) for x in flat)
+  return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+  with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes.
+    yield
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  "shape", [(1, 4, 512, 256), (3, 8, 100, 1024), (2, 6, 30, 96), (1, 1, 4, 32)]
+)
+def test_kernels(shape, dtype):
+  G, E, N, D = shape
+  a, b, operator = (
+    _normal(0, shape, dtype),
+    _normal(1, shape, dtype),
+    _normal(2, (G, E, E, N), dtype),
+  )
+  centre = _normal(3, (G, E, D))
+  exact = lambda x: np.asarray(x.astype(jnp.float32), np.float64)  # noqa: E731
+  centred = exact(a) - exact(centre)[:, :, None]
+  for found, expected in (
+    (token_kernels.products(a, b), np.einsum("gind,gjnd->gijn", exact(a), exact(b))),
+    (token_kernels.gram(a, centre), np.einsum("gind,gjnd->gijn", centred, centred)),
+    (
+      token_kernels.mix(operator, a, centre),
+      np.einsum("gijn,gjnd->gind", exact(operator), centred),
+    ),
+  ):
+    error = np.linalg.norm(exact(found) - expected) / np.linalg.norm(expected)
+    assert error < (3e-3 if found.dtype == jnp.bfloat16 else 1e-6)
+
+
+def test_attention():
+  shape, weights = (2, 128, 8, 64), _normal(3, (2, 128, 8, 64))
+  q, k, v = (_normal(seed, shape, jnp.bfloat16) for seed in range(3))
+
+  def total(q, k, v):
+    return jnp.sum(attention.causal_attention(q, k, v).astype(jnp.float32) * weights)
+
+  fused = jax.grad(total, (0, 1, 2))(q, k, v)
+  with jax.default_matmul_precision("highest"):
+    exact = jax.grad(total, (0, 1, 2))(*(x.astype(jnp.float32) for x in (q, k, v)))
+  assert _distance(fused, exact) < 1e-2
+
+
+@pytest.mark.parametrize("vocab_size", [V, 1024])
+def test_cross_entropy(vocab_size):
+  # In bfloat16 already, so that the products are exact and only their sums are rounded.
+  x, kernel = (
+    _normal(i, s, jnp.bfloat16).astype(jnp.float32)
+    for i, s in ((0, (600, 64)), (1, (64, vocab_size)))
+  )
+  target = np.random.default_rng(2).integers(0, vocab_size, 600).astype(np.int32)
+  weight = np.random.default_rng(3).random(600).astype(np.float32)
+
+  def loss(x, kernel):
+    return head.linear_cross_entropy(x, kernel, target, weight, 256, jnp.bfloat16)
+
+  value, gradients = jax.value_and_grad(loss, (0, 1))(x, kernel)
+  x64, kernel64 = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+  logits = x64 @ kernel64
+  log_total = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
+  rows = np.arange(600)
+  np.testing.assert_allclose(value, np.sum(weight * (log_total - logits[rows, target])), rtol=1e-6)
+  error = np.exp(logits - log_total[:, None])
+  error[rows, target] -= 1
+  error *= weight[:, None]
+  expected = (jnp.asarray(error @ kernel64.T), jnp.asarray(x64.T @ error))
+  assert _distance(gradients, expected) < 5e-3
+
+
+def _config(**changes):
+  c = Config(name="gpu")
+  c.model.embed_dim, c.model.num_layers, c.model.num_heads, c.model.max_length = 128, 2, 4, T
+  c.adaptive.controller, c.adaptive.objective = "adaptive", "both"
+  c.training.steps, c.training.batch_size, c.training.steps_per_dispatch = 100, B, 4
+  return with_fields(c, changes).validate()
+
+
+def _model(config, remat=False):
+  return language_model.build(config.model, V, outputs.update_overlap, remat)
+
+
+def _loss(config, params, remat=False):
+  model = _model(config, remat)
+  ids = np.random.default_rng(0).integers(0, V, (2, B, T)).astype(np.int32)
+  ones = jnp.ones((B, T))
+
+  def loss(params):
+    x, aux = model.features(params, ids[0], ones, jax.random.key(1))
+    return model.loss(params, x, ids[1], ones) / (B * T) + aux.measured.overlap_EE.mean()
+
+  return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("coupler", ["graph", "hypergraph", "attention"])
+def test_bfloat16_computes_what_float32_does(coupler):
+  config = _config(**{"model.coupler": coupler, "model.dropout": 0.0})
+  params = jax.jit(_model(config).init)(jax.random.key(0))
+  loss, gradient = _loss(config, params)
+  with jax.default_matmul_precision("highest"):
+    exact = _loss(with_fields(config, {"model.compute_dtype": "float32"}), params)
+  np.testing.assert_allclose(loss, exact[0], rtol=2e-3)
+  assert _distance(gradient, exact[1]) < 3e-2
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_what_is_computed_again_changes_nothing(layers, monkeypatch):
+  """Five layers stay a loop that keeps products only."""
+  config = _config(**{"model.num_layers": layers, "model.compute_dtype": "float32"})
+  params = jax.jit(_model(config).init)(jax.random.key(0))
+  with jax.default_matmul_precision("highest"):
+    chosen, everything = _loss(config, params), _loss(config, params, remat=True)
+    monkeypatch.setattr(language_model, "_is_product", lambda *_, **__: True)
+    nothing = _loss(config, params)
+  for other in (everything, nothing):
+    np.testing.assert_allclose(chosen[0], other[0], rtol=1e-6)
+    assert _distance(chosen[1], other[1]) < 1e-5
+
+
+def test_steps_need_no_host_and_repeat():
+  config = _config()
+  assembly = assemble_sized(config, V, 100)
+  step = make_train_step(
+    assembly.model, assembly.optimizer, assembly.controller, assembly.learning_rate, config
+  )
+  dispatch = make_dispatch(step, 4, T, 0)
+  tokens = np.random.default_rng(0).integers(0, V, 16 * T + 1).astype(np.int32)
+  examples, _ = place(stream_examples(tokens, T), "device")
+
+  def losses():
+    state = init_state(assembly.model, assembly.optimizer, assembly.controller, config.seed)
+    found = []
+    for start in range(0, 16, 4):
+      rows = jnp.asarray((np.arange(4 * B) + start).reshape(4, B) % 16, jnp.int32)
+      n = jnp.asarray(as_count(4))
+      with jax.transfer_guard("disallow"):
+        state, records = dispatch(state, Feed(examples, rows, None), n)
+      found += np.asarray(records.lm_loss).tolist()
+    return found
+
+  first = losses()
+  assert first[-1] < first[0]
+  assert dispatch._cache_size() == 1
+  np.testing.assert_allclose(losses(), first, rtol=1e-3)  # Sums come in another order every time.
