@@ -10,7 +10,7 @@ does. Tokens are random: no text is needed.
 
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -86,15 +86,18 @@ def random_batch(config: Config, vocab_size: int) -> Batch:
   return jax.device_put(Batch(tokens[0], tokens[1], np.ones(shape, np.float32)))
 
 
-def measure(config: Config, vocab_size: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(
+  config: Config, vocab_size: int, rounds: int, variants: Sequence[str] = tuple(VARIANTS)
+) -> dict[str, dict[str, float]]:
   """Per variant: median seconds per step, and the ratio to "without".
 
   The ratio is the median over rounds of the ratio within a round; so are its quartiles.
   """
   batch = random_batch(config, vocab_size)
   makers = {"without": step_without(config, vocab_size)}
-  for name, changes in VARIANTS.items():
-    makers[name] = step_with(with_fields(config, changes).validate(), vocab_size)
+  for name in variants:
+    changed = with_fields(config, VARIANTS[name]).validate()
+    makers[name] = step_with(changed, vocab_size)
   compiled, states = {}, {}
   for name, (step, state) in makers.items():
     compiled[name] = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
@@ -140,12 +143,15 @@ def main() -> None:
   given_config = cli.define_config()
   vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Token ids.", 2)
   rounds = flags.DEFINE_integer("rounds", 15, "Timed steps per variant.", 3)
+  variants = flags.DEFINE_multi_enum(
+    "variant", list(VARIANTS), list(VARIANTS), "What to compare with a step without."
+  )
   out = flags.DEFINE_string("out", None, "JSON file for the result.")
 
   def run(argv: list[str]) -> None:
     cli.refuse_words(argv)
     config = cli.validated(given_config.value)
-    result = measure(config, vocab_size.value, rounds.value)
+    result = measure(config, vocab_size.value, rounds.value, variants.value)
     print(table(result))
     if out.value:
       content = {"config": config.to_dict(), "rounds": rounds.value, **environment()}

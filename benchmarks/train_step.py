@@ -110,8 +110,8 @@ def timed(call: Callable[[], Any]) -> float:
   return time.perf_counter() - started
 
 
-def compile_seconds(lowered: Callable[[], Any]) -> tuple[Any, float, float]:
-  """The compiled program, and seconds without and with the persistent cache."""
+def compile_seconds(lowered: Callable[[], Any], cached: bool) -> tuple[Any, list[float]]:
+  """The compiled program, and seconds without the persistent cache, and with it if asked for."""
   names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
   before = {name: getattr(jax.config, name) for name in names}
   with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +119,7 @@ def compile_seconds(lowered: Callable[[], Any]) -> tuple[Any, float, float]:
     jax.config.update(names[1], 0.0)
     compilation_cache.reset_cache()  # It would keep to the folder of its first use.
     seconds = []
-    for _ in range(2):
+    for _ in range(1 + cached):
       jax.clear_caches()
       program = lowered()
       started = time.perf_counter()
@@ -128,7 +128,7 @@ def compile_seconds(lowered: Callable[[], Any]) -> tuple[Any, float, float]:
   for name, value in before.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()
-  return compiled, seconds[0], seconds[1]
+  return compiled, seconds
 
 
 def dispatch_of(config: Config, vocab_size: int) -> tuple[Any, Any, Feed]:
@@ -145,14 +145,14 @@ def dispatch_of(config: Config, vocab_size: int) -> tuple[Any, Any, Feed]:
   return make_dispatch(step, K, T, 0), state, Feed(examples, rows_KB, None)
 
 
-def measure(config: Config, vocab_size: int, rounds: int) -> dict[str, Any]:
+def measure(config: Config, vocab_size: int, rounds: int, cached: bool = True) -> dict[str, Any]:
   """One measurement; times are medians over rounds, ratios medians of the ratios in a round."""
   tokens, K = (
     config.training.batch_size * config.model.max_length,
     config.training.steps_per_dispatch,
   )
   dispatch, state, feed = dispatch_of(config, vocab_size)
-  compiled, cold, cached = compile_seconds(lambda: dispatch.lower(state, feed, as_count(1)))
+  compiled, compilation = compile_seconds(lambda: dispatch.lower(state, feed, as_count(1)), cached)
   product, product_flops = peak_product()
   jax.block_until_ready(product())
   state, _ = compiled(state, feed, as_count(1))
@@ -174,8 +174,8 @@ def measure(config: Config, vocab_size: int, rounds: int) -> dict[str, Any]:
     "peak_flops_per_second": float(np.median(peaks)),
     "utilization": float(np.median(step_flops / np.multiply(seconds, peaks))),
     "peak_memory_bytes": _memory(compiled),
-    "compile_seconds": cold,
-    "compile_seconds_cached": cached,
+    "compile_seconds": compilation[0],
+    "compile_seconds_cached": compilation[1] if cached else None,
     "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
   }
 
@@ -195,11 +195,12 @@ def table(results: list[dict[str, Any]]) -> str:
     "|---|---|---|---|---|---|---|---|---|",
   ]
   for r in results:
+    cached = r["compile_seconds_cached"]
     lines.append(
       f"| {r['shape']} | {r['coupler']} | {r['sweep']} | {1000 * r['seconds_per_step']:.1f} "
       f"| {r['tokens_per_second']:,.0f} | {r['matmul_flops_per_second'] / 1e9:,.1f} "
       f"| {r['utilization']:.1%} | {r['peak_memory_bytes'] / 1e6:,.0f} "
-      f"| {r['compile_seconds']:.1f} ({r['compile_seconds_cached']:.1f}) |"
+      f"| {r['compile_seconds']:.1f}{'' if cached is None else f' ({cached:.1f})'} |"
     )
   return "\n".join(lines)
 
@@ -212,6 +213,7 @@ def main() -> None:
     "sweep", [], "FIELD=VALUE,VALUE,...: one measurement each. Several: all combinations."
   )
   rounds = flags.DEFINE_integer("rounds", 5, "Timed dispatches.", 3)
+  cached = flags.DEFINE_boolean("cached", True, "Compile again, with the persistent cache.")
   out = flags.DEFINE_string("out", None, "JSON file for the result.")
 
   def run(argv: list[str]) -> None:
@@ -227,7 +229,7 @@ def main() -> None:
         for cell in parse_grid(sweep.value, base):
           config = with_fields(base, cell.values).validate()
           named = {"shape": shape, "coupler": coupler, "sweep": cell.name if cell.values else ""}
-          results.append({**named, **measure(config, vocab_size, rounds.value)})
+          results.append({**named, **measure(config, vocab_size, rounds.value, cached.value)})
           print(table(results[-1:]).splitlines()[-1], flush=True)
     print(table(results))
     if out.value:

@@ -19,10 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from hgnn_moe_jax import __version__
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.training.state import StepRecord
 
-_PACKAGES = ("hgnn_moe_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
 
 
@@ -140,6 +141,8 @@ def environment() -> dict[str, Any]:
   return {
     "versions": {
       "python": platform.python_version(),
+      # Its own is known even where it runs out of a checkout and was never installed.
+      "hgnn_moe_jax": __version__,
       **{name: importlib.metadata.version(name) for name in _PACKAGES},
     },
     "device": {
