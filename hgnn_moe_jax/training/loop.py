@@ -9,7 +9,8 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -191,21 +192,27 @@ class Run:
     dispatch = self._compile(feeder)
     pending: Pending | None = None
     self.clock.restart()
-    while self.step < self.total:
-      n = self._steps_to_take()
-      self.state, records = dispatch(self.state, feeder(self.step, n), as_count(n))
-      if pending is not None:
-        self._record(pending)
-      pending = Pending(self.step, n, records)
-      self.step += n
-      stopping = self.agree(self.stop.is_set())  # Asked once: it may be set at any moment.
-      if self._due() or stopping:
-        self._record(pending)
-        pending = None
-        self._evaluate_and_save()
-        self.clock.restart()
-      if stopping and self.step < self.total:
-        self._preempt()
+    # A GPU's loop asks the host whether to go on, so that the call lasts as long as its steps:
+    # meanwhile this thread writes down the last ones. Several processes have to launch everything
+    # in the same order, that is from the same thread.
+    with ThreadPoolExecutor(1, "dispatch") as launcher:
+      launch = launcher.submit if jax.process_count() == 1 else _at_once
+      while self.step < self.total:
+        n = self._steps_to_take()
+        running = launch(dispatch, self.state, feeder(self.step, n), as_count(n))
+        if pending is not None:
+          self._record(pending)
+        self.state, records = running.result()
+        pending = Pending(self.step, n, records)
+        self.step += n
+        stopping = self.agree(self.stop.is_set())  # Asked once: it may be set at any moment.
+        if self._due() or stopping:
+          self._record(pending)
+          pending = None
+          self._evaluate_and_save()
+          self.clock.restart()
+        if stopping and self.step < self.total:
+          self._preempt()
 
   def _compile(self, feeder: Feeder) -> Any:
     """The compiled dispatch; its time counts as compilation, not as training."""
@@ -340,6 +347,12 @@ class Run:
     if processes.is_first() and not unchanged:
       write_json(self.workdir / "summary.json", summary)
     return summary
+
+
+def _at_once(call: Callable[..., Any], *args: Any) -> Future[Any]:
+  done: Future[Any] = Future()
+  done.set_result(call(*args))
+  return done
 
 
 def _details(config: Config, corpus: Corpus, assembly: Assembly) -> dict[str, Any]:
