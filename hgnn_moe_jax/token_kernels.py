@@ -105,13 +105,18 @@ def _load(ref: Any, centre_ref: Any, group: Any, rows: Any, columns: Any) -> lis
   return [tile - centre_ref[group, e, columns][None, :] for e, tile in enumerate(tiles)]
 
 
+def _centre_and_out(refs: tuple[Any, ...]) -> tuple[Any, Any]:
+  """The last references of a kernel, the first of which may be missing."""
+  return refs if len(refs) == 2 else (None, refs[0])
+
+
 def _mix_kernel(operator_ref, h_ref, *refs, rows: int, columns: int) -> None:
-  *centre_ref, out_ref = refs
+  centre_ref, out_ref = _centre_and_out(refs)
   _, E, N, D = h_ref.shape
   block, column = pl.program_id(0) // (D // columns), pl.program_id(0) % (D // columns)
   group, row = block // (N // rows), pl.ds(block % (N // rows) * rows, rows)
   column = pl.ds(column * columns, columns)
-  tiles = _load(h_ref, *(centre_ref or [None]), group, row, column)
+  tiles = _load(h_ref, centre_ref, group, row, column)
   for i in range(E):
     mixed = jnp.zeros((rows, columns), jnp.float32)
     for j in range(E):
@@ -121,21 +126,27 @@ def _mix_kernel(operator_ref, h_ref, *refs, rows: int, columns: int) -> None:
 
 def _products_kernel(a_ref, b_ref, out_ref, *, rows: int, columns: int) -> None:
   E = a_ref.shape[1]
+
+  def load(*place: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    return _load(a_ref, None, *place), _load(b_ref, None, *place)
+
   pairs = [(i, j) for i in range(E) for j in range(E)]
-  load = lambda *place: (_load(a_ref, None, *place), _load(b_ref, None, *place))  # noqa: E731
   _products_of_pairs(load, a_ref.shape, out_ref, pairs, rows, columns)
 
 
 def _gram_kernel(a_ref, *refs, rows: int, columns: int) -> None:
-  *centre_ref, out_ref = refs
-  E = a_ref.shape[1]
-  pairs = [(i, j) for i in range(E) for j in range(i + 1)]
-  load = lambda *place: (_load(a_ref, *(centre_ref or [None]), *place),) * 2  # noqa: E731
+  centre_ref, out_ref = _centre_and_out(refs)
+
+  def load(*place: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    tiles = _load(a_ref, centre_ref, *place)
+    return tiles, tiles
+
+  pairs = [(i, j) for i in range(a_ref.shape[1]) for j in range(i + 1)]
   _products_of_pairs(load, a_ref.shape, out_ref, pairs, rows, columns)
 
 
 def _products_of_pairs(
-  load: Callable[..., tuple[list[jax.Array], list[jax.Array]]],
+  load: Callable[[Any, Any, Any], tuple[list[jax.Array], list[jax.Array]]],
   shape: tuple[int, ...],
   out_ref: Any,
   pairs: list[tuple[int, int]],

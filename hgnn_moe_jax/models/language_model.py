@@ -119,6 +119,10 @@ def _share(y_EBTD: jax.Array, gate_BTE: jax.Array, z_BTD: jax.Array) -> jax.Arra
 _MOST_UNROLLED = 4
 
 
+def _keeps_products_only() -> bool:
+  return jax.default_backend() != "cpu"
+
+
 def _is_product(primitive: Any, *_: Any, **params: Any) -> bool:
   """A policy of `jax.checkpoint`: keep the results of products and of cuDNN's attention.
 
@@ -192,7 +196,7 @@ class Network(nn.Module):
       x_BTD, report = self._read_layers(x_BTD, position_BT, weights_BT, caches)
       return LayerNorm(name="final_norm")(x_BTD), report
     layer = CoupledLayer
-    if self.remat or jax.default_backend() != "cpu":
+    if self.remat or _keeps_products_only():
       policy = None if self.remat else _is_product
       layer = nn.remat(CoupledLayer, prevent_cse=False, policy=policy)
     # Flax's annotation of in_axes knows integers only.

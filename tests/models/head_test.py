@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,28 @@ def test_loss_and_gradients_match_the_naive_sum(rows, num_rows, vocab_size, loss
   wanted = 2.5 * _naive(*(np.asarray(a, np.float64) for a in arguments), target_N)
   np.testing.assert_allclose([plain, value], wanted, rtol=1e-6)
   assert_slopes(lambda a: 2.5 * _naive(*a, target_N), arguments, gradients)
+
+
+# Columns of tokens that do not exist are added to the first and the last.
+@pytest.mark.parametrize("vocab_size", [11, 128, 130])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_accelerators_find_the_same(vocab_size, scale, loss, monkeypatch):
+  (x_ND, kernel_DV, weight_N), target_N = _case(10, vocab_size)
+  arguments = (scale * x_ND, kernel_DV, weight_N)
+  expected = loss(arguments, target_N, 4)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  found = loss(arguments, target_N, 4)
+  assert found[2][1].shape == (D, vocab_size)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), found, expected)
+  wanted = _naive(*(np.asarray(a, np.float64) for a in arguments), target_N)
+  np.testing.assert_allclose(found[:2], wanted, rtol=1e-5)
+
+
+def test_one_pass_over_logits_of_any_size():
+  logit_nV = np.array([[1, 2, 3], [-1e4, 0, 1e4], [5, 5, 5], [-3e38, 1, -3e38]], np.float32)
+  top_n, total_n = head._top_and_total(jnp.asarray(logit_nV))
+  np.testing.assert_array_equal(top_n, [3, 1e4, 5, 1])
+  np.testing.assert_allclose(total_n, [1 + np.exp(-1) + np.exp(-2), 1, 3, 1], rtol=1e-6)
 
 
 def test_two_tokens_by_hand(loss):

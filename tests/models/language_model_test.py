@@ -2,12 +2,14 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hgnn_moe_jax import token_products
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import language_model, layers
 from hgnn_moe_jax.orthogonality.outputs import update_overlap
@@ -260,6 +262,61 @@ def test_rematerialisation_changes_nothing(dropped):
   remat_model = language_model.build(_config(2, "mean"), V, _updates, remat=True)
   jaxpr = jax.make_jaxpr(jax.grad(lambda p: remat_model.logits(p, _inputs()).sum()))(params)
   assert "remat" in str(jaxpr) or "checkpoint" in str(jaxpr)
+
+
+def _kept(model, params):
+  """Shapes of what the layers' loop keeps for its backward pass."""
+
+  def total(params):
+    x_BTD, aux = model.features(params, _inputs(), jnp.ones((B, T)), jax.random.key(0))
+    return jnp.sum(x_BTD) + jnp.sum(aux.measured.overlap_EE)
+
+  jaxpr = jax.make_jaxpr(jax.grad(total))(params).jaxpr
+  forward = next(e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == L)
+  return [out.aval.shape[1:] for out in forward.outvars[forward.params["num_carry"] :]]
+
+
+@pytest.mark.parametrize("coupler", ["graph", "attention"])
+def test_keeping_products_only_changes_nothing(coupler, loop, monkeypatch):
+  """What accelerators do: gradients are the same, and fewer arrays are kept."""
+  config = _config(3, coupler, dropout=0.5)
+  model = language_model.build(config, V, update_overlap)
+  params = model.init(jax.random.key(0))
+
+  def total(params):
+    x_BTD, aux = model.features(params, _inputs(), jnp.ones((B, T)), jax.random.key(1))
+    return jnp.sum(x_BTD * _normal(0, B, T, D)) + jnp.sum(aux.measured.overlap_EE)
+
+  everything, value = _kept(model, params), jax.jit(jax.value_and_grad(total))(params)
+  monkeypatch.setattr(language_model, "_keeps_products_only", lambda: True)
+  products = _kept(model, params)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+    jax.jit(jax.value_and_grad(lambda p: total(p)))(params),
+    value,
+  )
+  assert math.fsum(map(math.prod, products)) < 0.6 * math.fsum(map(math.prod, everything))
+  # The scores of the penalty are dear to make: they are kept, whatever they are made of.
+  assert (3, 3, B, T) in products
+  jax.tree.map(np.testing.assert_array_equal, model.init(jax.random.key(0)), params)
+
+
+def test_products_and_fused_attention_are_kept():
+  def kept(name, /, **params):
+    return language_model._is_product(SimpleNamespace(name=name), **params)
+
+  assert kept("dot_general") and not kept("exp")
+  # The names of cuDNN's attention in jax 0.10 and 0.11.
+  assert kept("dot_product_attention_fwd") and kept("dot_product_attention_fwd_wrapper")
+  assert kept("name", name=token_products.SAVED) and not kept("name", name="something else")
+
+
+@pytest.mark.parametrize(
+  ("backend", "unrolled"), [("cpu", [1, 3, 4, 4]), ("gpu", [1, 3, 4, 1]), ("tpu", [1, 3, 4, 1])]
+)
+def test_compilation_does_not_grow_with_depth(backend, unrolled, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  assert [language_model._unroll(layers) for layers in (1, 3, 4, 12)] == unrolled
 
 
 def test_dropout_follows_its_key_alone(dropped):

@@ -77,7 +77,9 @@ def test_products_match_einsums():
   np.testing.assert_allclose(layers.project(x_EBTD, kernel_EDF[0]), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_spread_and_mean_over_experts():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_spread_and_mean_over_experts(backend, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
   x_BTD, y_EBTD = _normal(0, 2, 4, 5), _normal(1, 3, 2, 4, 5)
   spread, pull = jax.vjp(lambda x: layers.spread(x, 3), x_BTD)
   np.testing.assert_array_equal(spread, np.stack([x_BTD] * 3))
@@ -86,3 +88,10 @@ def test_spread_and_mean_over_experts():
   np.testing.assert_allclose(mean, y_EBTD.mean(0), rtol=1e-5, atol=1e-6)
   # Accumulated in float32 whatever the experts compute in.
   assert layers.expert_mean(jnp.asarray(y_EBTD, jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_accelerators_move_experts_without_products(monkeypatch):
+  """A GPU would round a float32 product's operands to ten bits."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  step = jax.make_jaxpr(jax.grad(lambda x: layers.expert_mean(jnp.sin(layers.spread(x, 3))).sum()))
+  assert "dot_general" not in str(step(jnp.ones((2, 4, 5))))

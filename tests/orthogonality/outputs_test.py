@@ -315,3 +315,14 @@ def test_errors_name_parameter_and_value():
     outputs.output_penalty(jnp.zeros((2, 2)), jnp.zeros(2), "gram")
   with pytest.raises(ValueError, match=r"\(2, 1, 3, 4\) and \(3, 1\)"):
     outputs.update_overlap(updates, mask.T)
+
+
+def test_accelerators_measure_the_same(monkeypatch):
+  rng = np.random.default_rng(0)
+  updates_EBTD = rng.standard_normal((3, 2, 5, 8)).astype(np.float32) + 2
+  weights_BT = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], np.float32)
+  expected = outputs.update_overlap(jnp.asarray(updates_EBTD), jnp.asarray(weights_BT))
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  found = outputs.update_overlap(jnp.asarray(updates_EBTD), jnp.asarray(weights_BT))
+  for one, other in zip(found, expected, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

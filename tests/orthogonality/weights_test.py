@@ -300,3 +300,14 @@ def test_errors_name_parameter_and_value():
   for rank in (0, 4):
     with pytest.raises(ValueError, match=rf"rank must be in \[1, D\) with D=4, got {rank}"):
       weights.spectral_overlap(w, rank)
+
+
+@pytest.mark.parametrize("form", ["gram", "spectral", lambda w_LEDK: w_LEDK[..., 0, :3]])
+def test_compared_at_once_as_apart(form):
+  roles = {"reads": _normal(0, 2, 3, 6, 4), "writes": _normal(1, 2, 3, 6, 5)}
+  stored = {**roles, "writes": np.swapaxes(roles["writes"], -1, -2)}
+  found = weights.compare(roles, stored, form, RANK)
+  overlap_LEE = weights.weight_overlap(roles, form, RANK)
+  np.testing.assert_allclose(found.overlap_LEE, overlap_LEE, rtol=1e-5, atol=1e-6)
+  specialization_L = weights.weight_specialization(roles)
+  np.testing.assert_allclose(found.specialization_L, specialization_L, rtol=1e-5)

@@ -227,6 +227,28 @@ def test_host_placement_and_dispatch_size_change_nothing(
     assert_same(final_state(tmp_path / name), final_state(finished))
 
 
+def test_records_are_written_while_the_next_steps_run(tiny_config, tmp_path, monkeypatch):
+  """On a GPU a dispatch does not return before its steps are done."""
+  written, write, compile_ = threading.Event(), loop.MetricWriter.write, loop.Run._compile
+  monkeypatch.setattr(
+    loop.MetricWriter, "write", lambda self, *a, **k: (write(self, *a, **k), written.set())
+  )
+
+  def compile_slow(self, feeder):
+    dispatch, calls = compile_(self, feeder), []
+
+    def slow(*arguments):
+      calls.append(arguments)
+      # Step 6 is an evaluation, before which everything is written.
+      assert len(calls) != 2 or written.wait(60), "the first records wait for the second dispatch"
+      return dispatch(*arguments)
+
+    return slow
+
+  monkeypatch.setattr(loop.Run, "_compile", compile_slow)
+  loop.train(tiny_config(**{"training.steps": 6}), tmp_path, quiet=True)
+
+
 def test_a_finished_run_is_left_alone(tiny_config, finished, tmp_path, monkeypatch):
   workdir = tmp_path / "run"
   shutil.copytree(finished, workdir)

@@ -1,6 +1,7 @@
 """The text files of a run folder, and the sentence that a full disk is told in."""
 
 import errno
+import importlib.metadata
 import json
 import os
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hgnn_moe_jax
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.training import records, run_folder
 
@@ -126,3 +128,15 @@ def test_no_config_is_a_user_error(tmp_path):
   for folder in (tmp_path, tmp_path / "missing", tmp_path / "file"):
     with pytest.raises(UserError, match=r"no config\.json there"):
       run_folder.read_config(folder)
+
+
+def test_a_checkout_that_was_never_installed_has_a_version(monkeypatch):
+  known = importlib.metadata.version
+
+  def version(name):
+    if name == "hgnn_moe_jax":
+      raise importlib.metadata.PackageNotFoundError(name)
+    return known(name)
+
+  monkeypatch.setattr(importlib.metadata, "version", version)
+  assert records.environment()["versions"]["hgnn_moe_jax"] == hgnn_moe_jax.__version__
