@@ -64,6 +64,7 @@ def test_the_overhead_table_is_the_measured_one():
   ("name", "benchmark", "where"),
   [
     ("small_cpu", train_step, "performance.md"),
+    ("h200", train_step, "performance.md"),
     ("sweeps_cpu", train_step, "performance.md"),
     ("generation_cpu", generation, "performance.md"),
     ("data_cpu", data, "performance.md"),
@@ -73,6 +74,27 @@ def test_the_overhead_table_is_the_measured_one():
 def test_a_benchmarks_table_is_the_measured_one(name, benchmark, where):
   result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
   assert benchmark.table(result["measurements"]) in page(where)
+
+
+def test_the_originals_headline_is_the_measured_one():
+  result = json.loads((ROOT / "benchmarks" / "results" / "original_h200.json").read_text())
+  table = rows(page("from-the-seed.md"), r"4[23]")
+  assert len(table) == len(result["runs"]) == 2
+  for row, run in zip(table, result["runs"], strict=True):
+    best, last = run["best"], run["last"]
+    assert min(perplexity for _, perplexity in run["evaluations"]) == round(
+      best["token_perplexity"], 3
+    )
+    assert row[:8] == [
+      str(run["seed"]),
+      f"{best['token_perplexity']:.2f}",
+      f"{best['step']:,}",
+      f"{last['token_perplexity']:.2f}",
+      f"{best['word_perplexity']:.1f}",
+      f"{best['bits_per_byte']:.3f}",
+      f"{run['train_seconds']:.1f}",
+      f"{run['wall_seconds']:.1f}",
+    ]
 
 
 def test_the_table_of_parts_is_the_measured_one():
