@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from hgnn_moe_jax import token_kernels
+from hgnn_moe_jax import device, token_kernels
 
 SAVED = "token products"  # Their name for a policy of rematerialisation: small, and dear to make.
 
@@ -27,7 +27,7 @@ def _few(a_EBTD: jax.Array) -> bool:
 
 def _on_gpu(shape_GEND: tuple[int, ...]) -> bool:
   alone = jax.sharding.get_abstract_mesh().empty
-  return jax.default_backend() == "gpu" and alone and token_kernels.fits(shape_GEND)
+  return alone and token_kernels.fits(shape_GEND) and device.has_ampere_kernels()
 
 
 def _rows(a: jax.Array) -> jax.Array:

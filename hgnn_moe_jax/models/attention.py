@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hgnn_moe_jax import device
+
 _QUERY_BLOCKS = 4
 _LEAST_BLOCKED = 64  # tokens; in shorter rows there is little to leave out
 
@@ -12,10 +14,11 @@ _LEAST_BLOCKED = 64  # tokens; in shorter rows there is little to leave out
 def causal_attention(q_BTGH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array) -> jax.Array:
   """softmax(q k^T / sqrt(H)) v over earlier and equal positions, for G independent heads.
 
-  On a GPU in bfloat16 cuDNN's fused kernel does it. Elsewhere the scores are made whole, in
-  float32, and the division by the softmax's denominator comes after the product with v: dividing
-  [T, H] entries instead of [T, T] is what makes it fast on CPU. Queries go in blocks, each of which
-  meets only the keys up to its own end: 5/8 of the products and of all that follows them.
+  On an NVIDIA GPU of the Ampere generation or later cuDNN's fused kernel does it, in bfloat16 and
+  for heads of up to 128 in steps of 8. Elsewhere the scores are made whole, in float32, and the
+  division by the softmax's denominator comes after the product with v: dividing [T, H] entries
+  instead of [T, T] is what makes it fast on CPU. Queries go in blocks, each of which meets only the
+  keys up to its own end: 5/8 of the products and of all that follows them.
 
   Args:
     q_BTGH, k_BTGH, v_BTGH: [B, T, G, H], same dtype.
@@ -23,7 +26,9 @@ def causal_attention(q_BTGH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array) ->
   Returns:
     [B, T, G, H] in the inputs' dtype.
   """
-  if jax.default_backend() == "gpu" and q_BTGH.dtype == jnp.bfloat16:
+  head_dim = q_BTGH.shape[3]
+  fits = q_BTGH.dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
+  if fits and device.has_ampere_kernels():
     return jax.nn.dot_product_attention(
       q_BTGH, k_BTGH, v_BTGH, is_causal=True, implementation="cudnn"
     )

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hgnn_moe_jax import token_products
+from hgnn_moe_jax import device, token_products
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import head
 from hgnn_moe_jax.models.attention import KeyValueCache
@@ -233,10 +233,15 @@ class Network(nn.Module):
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
-  """The dtype of activations and matrix products: bfloat16 on accelerators unless set."""
+  """The dtype of activations and matrix products, unless set: bfloat16 on accelerators.
+
+  NVIDIA's GPUs before Ampere (a T4, a V100) have no bfloat16 units: float32 there, as on CPU.
+  """
   if config.compute_dtype != "auto":
     return jnp.dtype(config.compute_dtype)
-  return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+  old_gpu = device.nvidia_capability() is not None and not device.has_ampere_kernels()
+  exact = old_gpu or jax.default_backend() == "cpu"
+  return jnp.dtype(jnp.float32 if exact else jnp.bfloat16)
 
 
 def is_expert_parameter(path: tuple[Any, ...]) -> bool:

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hgnn_moe_jax import device
 from hgnn_moe_jax.models import attention
 
 SHAPE = (2, 5, 3, 4)  # B, T, G, H
@@ -109,3 +110,25 @@ def test_scores_depend_on_relative_position_only():
   for shift in (1, 7, 100):
     np.testing.assert_allclose(score(5 + shift, 3 + shift), score(5, 3), rtol=1e-4, atol=1e-4)
   assert abs(score(5, 3) - score(5, 4)) > 0.1 and abs(score(5, 3) - score(3, 5)) > 0.1
+
+
+@pytest.mark.parametrize(
+  ("recent", "dtype", "head_dim", "fused"),
+  [
+    (True, jnp.bfloat16, 64, True),
+    (True, jnp.bfloat16, 128, True),
+    (True, jnp.bfloat16, 12, False),
+    (True, jnp.bfloat16, 256, False),
+    (True, jnp.float32, 64, False),
+    (False, jnp.bfloat16, 64, False),
+  ],
+)
+def test_the_fused_kernel_is_used_where_it_exists(recent, dtype, head_dim, fused, monkeypatch):
+  calls = []
+  monkeypatch.setattr(device, "has_ampere_kernels", lambda: recent)
+  monkeypatch.setattr(
+    jax.nn, "dot_product_attention", lambda q, k, v, **how: calls.append(how) or q
+  )
+  x_BTGH = jnp.ones((1, 4, 2, head_dim), dtype)
+  assert attention.causal_attention(x_BTGH, x_BTGH, x_BTGH).shape == x_BTGH.shape
+  assert calls == ([{"is_causal": True, "implementation": "cudnn"}] if fused else [])

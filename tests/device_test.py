@@ -1,0 +1,31 @@
+"""What is decided by the device, with devices that say what they are."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hgnn_moe_jax import device
+from hgnn_moe_jax.config import ModelConfig
+from hgnn_moe_jax.models import language_model
+
+A100, T4, MI300 = ({"compute_capability": name} for name in ("8.0", "7.5", "gfx942"))
+
+
+@pytest.mark.parametrize(
+  ("backend", "properties", "capability", "kernels", "dtype"),
+  [
+    ("cpu", {}, None, False, jnp.float32),
+    ("tpu", {}, None, False, jnp.bfloat16),
+    ("gpu", A100, 8.0, True, jnp.bfloat16),
+    ("gpu", T4, 7.5, False, jnp.float32),
+    ("gpu", MI300, None, False, jnp.bfloat16),
+  ],
+)
+def test_what_a_device_can_do(backend, properties, capability, kernels, dtype, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(**properties)])
+  assert device.nvidia_capability() == capability
+  assert device.has_ampere_kernels() is kernels
+  assert language_model.compute_dtype(ModelConfig()) == dtype
