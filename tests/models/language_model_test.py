@@ -288,7 +288,7 @@ def test_keeping_products_only_changes_nothing(coupler, loop, monkeypatch):
     return jnp.sum(x_BTD * _normal(0, B, T, D)) + jnp.sum(aux.measured.overlap_EE)
 
   everything, value = _kept(model, params), jax.jit(jax.value_and_grad(total))(params)
-  monkeypatch.setattr(language_model, "_keeps_products_only", lambda: True)
+  monkeypatch.setattr(language_model, "_keeps_products_only", lambda num_layers: True)
   products = _kept(model, params)
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
@@ -312,11 +312,14 @@ def test_products_and_fused_attention_are_kept():
 
 
 @pytest.mark.parametrize(
-  ("backend", "unrolled"), [("cpu", [1, 3, 4, 4]), ("gpu", [1, 3, 4, 1]), ("tpu", [1, 3, 4, 1])]
+  ("backend", "products_only"),
+  [("cpu", [False, False, True]), ("gpu", [True] * 3), ("tpu", [True] * 3)],
 )
-def test_compilation_does_not_grow_with_depth(backend, unrolled, monkeypatch):
+def test_compilation_does_not_grow_with_depth(backend, products_only, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
-  assert [language_model._unroll(layers) for layers in (1, 3, 4, 12)] == unrolled
+  depths = (1, 4, 12)
+  assert [language_model._unroll(layers) for layers in depths] == [1, 4, 1]
+  assert [language_model._keeps_products_only(layers) for layers in depths] == products_only
 
 
 def test_dropout_follows_its_key_alone(dropped):
