@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hgnn_moe_jax import token_kernels
+from hgnn_moe_jax import device, token_kernels
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.data.examples import place, stream_examples
 from hgnn_moe_jax.models import attention, head, language_model
@@ -16,7 +16,9 @@ from hgnn_moe_jax.orthogonality import outputs
 from hgnn_moe_jax.training.assembly import assemble_sized
 from hgnn_moe_jax.training.step import Feed, as_count, init_state, make_dispatch, make_train_step
 
-pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU")
+pytestmark = pytest.mark.skipif(
+  not device.has_ampere_kernels(), reason="no NVIDIA GPU of compute capability 8 or more"
+)
 
 V, T, B = 1001, 64, 8
 
