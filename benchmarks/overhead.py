@@ -87,7 +87,7 @@ def random_batch(config: Config, vocab_size: int) -> Batch:
 
 
 def measure(
-  config: Config, vocab_size: int, rounds: int, variants: Sequence[str] | None = None
+  config: Config, vocab_size: int, rounds: int, variants: Sequence[str]
 ) -> dict[str, dict[str, float]]:
   """Per variant: median seconds per step, and the ratio to "without".
 
@@ -95,7 +95,7 @@ def measure(
   """
   batch = random_batch(config, vocab_size)
   makers = {"without": step_without(config, vocab_size)}
-  for name in variants or VARIANTS:
+  for name in variants:
     changed = with_fields(config, VARIANTS[name]).validate()
     makers[name] = step_with(changed, vocab_size)
   compiled, states = {}, {}

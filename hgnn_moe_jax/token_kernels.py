@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-MOST_EXPERTS = 8  # Their vectors have to fit into the registers.
+_MOST_EXPERTS = 8  # Their vectors have to fit into the registers.
 _ROWS = 4  # A row to a warp.
 _COLUMNS = 1024  # over all experts
 _LEAST_COLUMNS = 32
@@ -33,7 +33,7 @@ def _tile(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def fits(shape: tuple[int, ...]) -> bool:
   """Whether the kernels take vectors of this shape, [G, E, N, D]."""
-  return shape[1] <= MOST_EXPERTS and _tile(shape)[1] >= _LEAST_COLUMNS
+  return shape[1] <= _MOST_EXPERTS and _tile(shape)[1] >= _LEAST_COLUMNS
 
 
 def mix(

@@ -1,6 +1,8 @@
-"""What only a GPU can show: JAX_PLATFORMS=cuda python -m pytest tests/gpu_test.py
+"""What only a GPU can show, skipped elsewhere.
 
-Elsewhere skipped. Numbers are compared with float32 at full precision on the same device.
+JAX_PLATFORMS=cuda JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest tests/gpu_test.py
+
+Numbers are compared with float32 at full precision on the same device.
 """
 
 import jax

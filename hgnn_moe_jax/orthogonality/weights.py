@@ -109,8 +109,8 @@ def compare(
       would move all parameters.
   """
   _check(roles, form)
-  cosines_PLEE = jnp.stack([_cosines(w) for w in stored.values()])
-  specialization_L = 1.0 - gram.off_diagonal_mean(jnp.mean(jnp.abs(cosines_PLEE), axis=0))
+  cosines_PLEE = _cosines_by_role(stored)
+  specialization_L = _specialization(cosines_PLEE)
   if form == "gram":
     return WeightOverlap(jnp.sum(jnp.square(cosines_PLEE), axis=0), specialization_L)
   return WeightOverlap(weight_overlap(roles, form, rank), specialization_L)
@@ -142,7 +142,7 @@ def absolute_cosine(roles: Mapping[str, jax.Array]) -> jax.Array:
     ValueError: no roles.
   """
   _check(roles, "gram")
-  return jnp.mean(jnp.abs(jnp.stack([_cosines(w_LEDK) for w_LEDK in roles.values()])), axis=0)
+  return jnp.mean(jnp.abs(_cosines_by_role(roles)), axis=0)
 
 
 def weight_specialization(roles: Mapping[str, jax.Array]) -> jax.Array:
@@ -157,7 +157,8 @@ def weight_specialization(roles: Mapping[str, jax.Array]) -> jax.Array:
     `[L]` float32 in [0, 1]. Random: the chance level, 0.998 for D = K = 384. Identical: 0.
     Orthogonal: 1. One expert: 1.
   """
-  return 1.0 - gram.off_diagonal_mean(absolute_cosine(roles))
+  _check(roles, "gram")
+  return _specialization(_cosines_by_role(roles))
 
 
 def weight_specialization_chance(roles: Mapping[str, jax.Array]) -> float:
@@ -172,6 +173,14 @@ def weight_specialization_chance(roles: Mapping[str, jax.Array]) -> float:
 
 def _cosines(w_LEDK: jax.Array) -> jax.Array:
   return gram.normalize(token_products.matrix_gram(w_LEDK))
+
+
+def _cosines_by_role(roles: Mapping[str, jax.Array]) -> jax.Array:
+  return jnp.stack([_cosines(w_LEDK) for w_LEDK in roles.values()])
+
+
+def _specialization(cosines_PLEE: jax.Array) -> jax.Array:
+  return 1.0 - gram.off_diagonal_mean(jnp.mean(jnp.abs(cosines_PLEE), axis=0))
 
 
 def _scatter(w_LEDK: jax.Array) -> jax.Array:

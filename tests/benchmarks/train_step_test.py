@@ -1,6 +1,7 @@
 """The benchmark of training steps: operations counted by hand, measurements that are complete."""
 
 import json
+import pathlib
 import sys
 
 import jax
@@ -96,3 +97,17 @@ def test_a_measurement(command, tmp_path):
   assert one["peak_memory_bytes"] > 3 * 4 * one["parameters"]
   assert one["compile_seconds_cached"] < one["compile_seconds"]
   assert result["device"]["platform"] == "cpu"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_second_compilation_can_be_left_out(cached):
+  lowered = lambda: jax.jit(lambda x: x + 1).lower(jnp.ones(()))  # noqa: E731
+  _, seconds = train_step.compile_seconds(lowered, cached)
+  assert len(seconds) == 1 + cached
+
+
+def test_a_table_without_the_second_compilation():
+  file = pathlib.Path(train_step.__file__).parent / "results" / "small_cpu.json"
+  (one, _) = json.loads(file.read_text())["measurements"]
+  without = train_step.table([{**one, "compile_seconds_cached": None}])
+  assert without.endswith(f"| {one['compile_seconds']:.1f} |")
