@@ -87,11 +87,19 @@ def random_batch(config: Config, vocab_size: int) -> Batch:
 
 
 def measure(
-  config: Config, vocab_size: int, rounds: int, variants: Sequence[str]
+  config: Config, vocab_size: int, rounds: int, steps: int, variants: Sequence[str]
 ) -> dict[str, dict[str, float]]:
   """Per variant: median seconds per step, and the ratio to "without".
 
   The ratio is the median over rounds of the ratio within a round; so are its quartiles.
+
+  Args:
+    config: of the run.
+    vocab_size: V.
+    rounds: timings of every variant.
+    steps: taken in one timing without waiting, so that launching them is hidden where steps are
+      short.
+    variants: of VARIANTS.
   """
   batch = random_batch(config, vocab_size)
   makers = {"without": step_without(config, vocab_size)}
@@ -107,9 +115,10 @@ def measure(
   for turn in range(rounds):
     for name in names[turn % len(names) :] + names[: turn % len(names)]:
       started = time.perf_counter()
-      states[name], record = compiled[name](states[name], batch)
+      for _ in range(steps):
+        states[name], record = compiled[name](states[name], batch)
       jax.block_until_ready((states[name], record))
-      seconds[name].append(time.perf_counter() - started)
+      seconds[name].append((time.perf_counter() - started) / steps)
   result = {}
   for name, values in seconds.items():
     ratios = np.divide(values, seconds["without"])
@@ -142,7 +151,8 @@ def main() -> None:
   """The command."""
   given_config = cli.define_config()
   vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Token ids.", 2)
-  rounds = flags.DEFINE_integer("rounds", 15, "Timed steps per variant.", 3)
+  rounds = flags.DEFINE_integer("rounds", 15, "Timings per variant.", 3)
+  steps = flags.DEFINE_integer("steps", 1, "Steps in a timing; several where one is short.", 1)
   variants = flags.DEFINE_multi_enum(
     "variant", list(VARIANTS), list(VARIANTS), "What to compare with a step without."
   )
@@ -151,11 +161,11 @@ def main() -> None:
   def run(argv: list[str]) -> None:
     cli.refuse_words(argv)
     config = cli.validated(given_config.value)
-    result = measure(config, vocab_size.value, rounds.value, variants.value)
+    result = measure(config, vocab_size.value, rounds.value, steps.value, variants.value)
     print(table(result))
     if out.value:
-      content = {"config": config.to_dict(), "rounds": rounds.value, **environment()}
-      write_json(pathlib.Path(out.value), {**content, "steps": result})
+      content = {"config": config.to_dict(), "rounds": rounds.value, "steps_per_timing": steps.value}
+      write_json(pathlib.Path(out.value), {**content, **environment(), "steps": result})
 
   cli.start(run)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from hgnn_moe_jax import device, token_kernels
+from hgnn_moe_jax.token_sums import token_sum
 
 SAVED = "token products"  # Their name for a policy of rematerialisation: small, and dear to make.
 
@@ -120,7 +121,7 @@ def _gram_backward(residuals, cotangent_EEBT):
     grad_EBTD = grad_GEND.reshape(a_EBTD.shape)
   else:
     grad_EBTD = mix(both_ways_EEBT, _centred(a_EBTD, centre_ED)).astype(a_EBTD.dtype)
-  return grad_EBTD, -jnp.sum(grad_EBTD, (1, 2), jnp.float32)
+  return grad_EBTD, -token_sum(grad_EBTD.astype(jnp.float32), 1)
 
 
 def _matrix_gram_backward(w_LEDK, cotangent_LEE):

@@ -139,7 +139,7 @@ def test_experts_heads_and_hidden_widths_are_split():
   assert found[f"{experts}/ffn_in_kernel"] == PartitionSpec(None, "expert", None, "model")
   assert found[f"{experts}/ffn_out_kernel"] == PartitionSpec(None, "expert", "model", None)
   assert found["params/layers/coupler/in_kernel_0"] == PartitionSpec(None, None, "model")
-  assert found["params/head"] == PartitionSpec(None, "model")
+  assert found["params/head"] == PartitionSpec("model", None)
   assert found["params/embedding"] == PartitionSpec("model", None)
 
 

@@ -125,7 +125,7 @@ def _without_an_array(folder):
     ),
     (lambda f: (f / "model.safetensors").write_bytes(b"no"), "model.safetensors: cannot be read"),
     (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: cannot be read"),
-    (_without_an_array, r"head is missing, the config in card.json wants \(16, 270\)"),
+    (_without_an_array, r"head is missing, the config in card.json wants \(270, 16\)"),
   ],
 )
 def test_damaged_exports(copy, damage, message):

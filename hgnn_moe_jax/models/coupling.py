@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from hgnn_moe_jax import extensions, token_products
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import hypergraph
-from hgnn_moe_jax.models.layers import LayerNorm, fan_in_normal, gelu, named, project
+from hgnn_moe_jax.models.layers import LayerNorm, fan_in_normal, gelu, named, project, scores
 
 # softplus(_ONE) = 1: learned positive weights start at 1.
 _ONE = 0.5413248546129181
@@ -48,13 +48,7 @@ class GraphOperator(nn.Module):
     ) * (1 - jnp.eye(E))
     gate_DX = self.param("gate_kernel", named(fan_in_normal(D), "embed", None), (D, 2))
     gate_bias = self.param("gate_bias", nn.initializers.zeros, ())
-    score_EBTX = jnp.einsum(
-      "EBTD,DX->EBTX",
-      h_EBTD,
-      gate_DX.astype(h_EBTD.dtype),
-      preferred_element_type=jnp.float32,
-    )
-    receiver_EBT, sender_EBT = score_EBTX[..., 0], score_EBTX[..., 1]
+    receiver_EBT, sender_EBT = scores(h_EBTD, gate_DX)
     gate_EEBT = jax.nn.sigmoid(receiver_EBT[:, None] + sender_EBT[None] + gate_bias)
     share_EE = adjacency_EE / adjacency_EE.sum(1, keepdims=True)
     return share_EE[:, :, None, None] * gate_EEBT
@@ -82,10 +76,8 @@ class HypergraphOperator(nn.Module):
       incidence_EM = hypergraph.incidence(self.hyperedges, h_EBTD.shape[0])
       return hypergraph.propagation(incidence_EM, weight_M, self.normalization)
     D = h_EBTD.shape[-1]
-    score_D = self.param("score_kernel", named(fan_in_normal(D), "embed"), (D,)).astype(
-      h_EBTD.dtype
-    )
-    score_EBT = jnp.einsum("EBTD,D->EBT", h_EBTD, score_D, preferred_element_type=jnp.float32)
+    score_D = self.param("score_kernel", named(fan_in_normal(D), "embed"), (D,))
+    (score_EBT,) = scores(h_EBTD, score_D[:, None])
     return hypergraph.attended_propagation(self.hyperedges, weight_M, score_EBT, self.normalization)
 
 

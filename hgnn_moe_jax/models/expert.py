@@ -24,6 +24,7 @@ from hgnn_moe_jax.models.layers import (
   spread,
 )
 from hgnn_moe_jax.sharding import constrain
+from hgnn_moe_jax.token_sums import on_tokens
 
 
 class ExpertBlocks(nn.Module):
@@ -87,9 +88,9 @@ class ExpertBlocks(nn.Module):
     bias_ESNH = bias + jnp.einsum("ED,EDSNH->ESNH", norm_bias_ED, kernel)
     kernel = kernel * norm_scale_ED[:, :, None, None, None]
     kernel_DESNH = jnp.einsum("EDSNH->DESNH", kernel)
-    qkv_BTESNH = project_all(normalize(x_BTD).astype(self.dtype), kernel_DESNH)
-    qkv_BTESNH = qkv_BTESNH + bias_ESNH.astype(self.dtype)[None, None]
     B, T = x_BTD.shape[:2]
+    qkv_BTESNH = project_all(normalize(x_BTD).astype(self.dtype), kernel_DESNH)
+    qkv_BTESNH = qkv_BTESNH + on_tokens(bias_ESNH, (B, T), 0, self.dtype)
     q, k, v = (part.reshape(B, T, E * N, H) for part in jnp.split(qkv_BTESNH, 3, axis=3))
     if c.positions == "rotary":
       q, k = attention.rotate(q, position_BT), attention.rotate(k, position_BT)
@@ -105,7 +106,7 @@ class ExpertBlocks(nn.Module):
     )
     out_bias_ED = self.param("out_bias", named(nn.initializers.zeros, "expert", "embed"), (E, D))
     attended_EBTD = project_each(jnp.moveaxis(mixed_BTEX, 2, 0), out_EXD)
-    return attended_EBTD + out_bias_ED.astype(self.dtype).reshape(E, 1, 1, D), cache
+    return attended_EBTD + on_tokens(out_bias_ED, (B, T), 1, self.dtype), cache
 
   def _ffn(self, hidden_EBTD: jax.Array) -> jax.Array:
     """hidden_EBTD: normalised, without gain and bias, which are folded into the first kernel."""
@@ -131,9 +132,10 @@ class ExpertBlocks(nn.Module):
     )
     bias_EF = bias_EF + jnp.einsum("ED,EDF->EF", norm_bias_ED, kernel_EDF)
     inner_EBTF = project_each(hidden_EBTD, kernel_EDF * norm_scale_ED[:, :, None])
-    inner_EBTF = gelu(inner_EBTF + bias_EF.astype(self.dtype).reshape(E, 1, 1, F))
+    tokens = hidden_EBTD.shape[1:3]
+    inner_EBTF = gelu(inner_EBTF + on_tokens(bias_EF, tokens, 1, self.dtype))
     outer_EBTD = project_each(inner_EBTF, out_EFD)
-    return outer_EBTD + out_bias_ED.astype(self.dtype).reshape(E, 1, 1, D)
+    return outer_EBTD + on_tokens(out_bias_ED, tokens, 1, self.dtype)
 
   @property
   def _residual_gain(self) -> float:

@@ -186,8 +186,11 @@ class Network(nn.Module):
       first = position_TD[None, : inputs_BT.shape[1]]
       x_BTD = x_BTD + (first if start_B is None else position_TD[position_BT])
     if not c.tie_embeddings:
+      # Lies like the embedding: rows of an odd length, as of 50,257 tokens, keep a GPU from updating
+      # several entries at once. What a seed draws is as if it lay the other way.
       shape = (c.embed_dim, self.vocab_size)
-      self.param("head", named(initializer, "embed", "vocab"), shape)
+      transposed = lambda *args: initializer(*args).T  # noqa: E731
+      self.param("head", named(transposed, "vocab", "embed"), shape)
     layer_keys = None
     if key is not None:
       embedding_key, layers_key = jax.random.split(key)
@@ -265,8 +268,8 @@ def _each_parameter(read: Callable[[Named | None, Any], Any], tree: Any) -> Any:
 
 
 def head_kernel(params: Params) -> jax.Array:
-  """[D, V] float32: the head's own kernel, or the embedding table transposed if it has none."""
-  return params["head"] if "head" in params else params["embedding"].T
+  """[D, V] float32: from the head's own rows [V, D], or from the embedding if it has none."""
+  return params["head" if "head" in params else "embedding"].T
 
 
 def build(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hgnn_moe_jax.sharding import on_mesh
+from hgnn_moe_jax.token_sums import on_tokens
 
 _NORM_EPSILON = 1e-5
 
@@ -27,8 +28,8 @@ class LayerNorm(nn.Module):
     dim = x.shape[-1]
     scale_D = self.param("scale", named(nn.initializers.ones, "embed"), (dim,))
     bias_D = self.param("bias", named(nn.initializers.zeros, "embed"), (dim,))
-    shape = (1,) * (x.ndim - 1) + (dim,)
-    return normalize(x) * scale_D.reshape(shape) + bias_D.reshape(shape)
+    tokens = x.shape[:-1]
+    return normalize(x) * on_tokens(scale_D, tokens) + on_tokens(bias_D, tokens)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -105,12 +106,46 @@ def project_each(x_EBTD: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-  """GELU by tanh (Hendrycks and Gimpel 2016), of which the backward pass keeps x only.
+  """GELU by tanh (Hendrycks and Gimpel 2016), of which the backward pass keeps x only."""
+  return jax.checkpoint(jax.nn.gelu)(x) if jax.default_backend() == "cpu" else _gelu_of_gpu(x)
 
-  On an accelerator the layer as a whole says what it keeps (`language_model`); here it would be in
-  the way of fusing GELU with the sum in front of it.
+
+@jax.custom_vjp
+def _gelu_of_gpu(x: jax.Array) -> jax.Array:
+  return jax.nn.gelu(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+  """With the same function written as x sigmoid(2 u).
+
+  So nothing dear is common to both passes: XLA would keep a tanh for the backward pass, and reading
+  it takes longer than computing it.
   """
-  return jax.checkpoint(jax.nn.gelu)(x) if jax.default_backend() == "cpu" else jax.nn.gelu(x)
+  x32, c, a = x.astype(jnp.float32), (8 / jnp.pi) ** 0.5, 0.044715
+  gate = jax.nn.sigmoid(c * (x32 + a * x32**3))
+  slope = gate + x32 * gate * (1 - gate) * c * (1 + 3 * a * x32**2)
+  return ((grad.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+_gelu_of_gpu.defvjp(lambda x: (_gelu_of_gpu(x), x), _gelu_backward)
+
+
+def scores(h_EBTD: jax.Array, kernel_DX: jax.Array) -> jax.Array:
+  """A few numbers per token, h kernel: [X, E, B, T] float32.
+
+  On a GPU not as a product of matrices: with two columns or one that takes longer than reading h
+  where it is made.
+  """
+  if jax.default_backend() == "cpu":
+    score_EBTX = jnp.einsum(
+      "EBTD,DX->EBTX",
+      h_EBTD,
+      kernel_DX.astype(h_EBTD.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    return jnp.moveaxis(score_EBTX, -1, 0)
+  kernel_XEBTD = on_tokens(kernel_DX.T, h_EBTD.shape[:-1], 1)
+  return jnp.sum(h_EBTD.astype(jnp.float32)[None] * kernel_XEBTD, axis=-1)
 
 
 def spread(x_BTD: jax.Array, num_experts: int) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from hgnn_moe_jax import token_products
 from hgnn_moe_jax.orthogonality import gram
+from hgnn_moe_jax.token_sums import token_sum
 
 FORMS = ("cosine", "covariance")
 Form = str | Callable[[jax.Array, jax.Array], jax.Array]
@@ -171,7 +172,7 @@ def _mean_update(updates_EBTD: jax.Array, shares_BT: jax.Array) -> jax.Array:
   if jax.default_backend() == "cpu":
     return gram.contract("ebtd,bt->ed", updates_EBTD.astype(jnp.float32), shares_BT)
   # XLA would write the updates once more, in float32 and another order, to multiply them.
-  return jnp.sum(updates_EBTD.astype(jnp.float32) * shares_BT[None, :, :, None], axis=(1, 2))
+  return token_sum(updates_EBTD.astype(jnp.float32) * shares_BT[None, :, :, None], 1)
 
 
 def _token_mean(values_EEBT: jax.Array, shares_BT: jax.Array) -> jax.Array:

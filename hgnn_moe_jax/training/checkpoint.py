@@ -7,7 +7,7 @@ passes unnoticed. So a checkpoint also holds a checksum of every array, verified
 import json
 import pathlib
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -58,6 +58,8 @@ class Checkpointer:
         _drop_damaged_losses(self._folder)
       processes.wait_for_all("the checkpoints can be listed")
       self._manager = ocp.CheckpointManager(self._folder.resolve(), options=options)
+    self._thread = ThreadPoolExecutor(1, "checkpoint")
+    self._saving: Future[None] | None = None
 
   def save(
     self, step: int, state: TrainState, note: dict[str, Any], loss: float | None = None
@@ -70,26 +72,43 @@ class Checkpointer:
       note: JSON content saved with it.
       loss: validation loss at this very step, if it was measured; ranks the best.
     """
-    if step in self._manager.all_steps():
+    manager = self._settled()
+    if step in manager.all_steps():
       return
-    sealed = {"content": note, "checksums": checksums(state, note)}
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(sealed))
-    with run_folder_errors(self._workdir):
-      self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
+
+    def write(state: TrainState) -> None:
+      sealed = {"content": note, "checksums": checksums(state, note)}
+      args = ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(sealed))
+      manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
+
+    if all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(state)):
+      self._saving = self._thread.submit(write, _copied(state))
+    else:  # Orbax copies each device's part; several processes do it in step.
+      with run_folder_errors(self._workdir):
+        write(state)
+
+  def _settled(self) -> ocp.CheckpointManager:
+    """The manager, once no thread of ours uses it. An error of that thread is raised here."""
+    saving, self._saving = self._saving, None
+    if saving is not None:
+      with run_folder_errors(self._workdir):
+        saving.result()
+    return self._manager
 
   def wait(self) -> None:
     """Until every save is on the disk. A background error is raised here."""
+    manager = self._settled()
     with run_folder_errors(self._workdir):
-      self._manager.wait_until_finished()
+      manager.wait_until_finished()
 
   def latest_step(self) -> int | None:
-    return self._manager.latest_step()
+    return self._settled().latest_step()
 
   def best_step(self) -> int | None:
     """The step with the lowest validation loss among the checkpoints there are, or None."""
-    losses = {}
-    for step in self._manager.all_steps():
-      metrics = self._manager.metrics(step)
+    losses, manager = {}, self._settled()
+    for step in manager.all_steps():
+      metrics = manager.metrics(step)
       if metrics:
         losses[step] = metrics["loss"]
     return min(losses, key=losses.__getitem__) if losses else None
@@ -113,8 +132,9 @@ class Checkpointer:
       like,
     )
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), note=ocp.args.JsonRestore())
+    manager = self._settled()
     try:
-      restored = self._manager.restore(step, args=args)
+      restored = manager.restore(step, args=args)
       state, note = restored["state"], restored["note"]["content"]
       expected = restored["note"]["checksums"]
     except Exception as error:  # Whatever Orbax stumbles over in a damaged file.
@@ -135,7 +155,7 @@ class Checkpointer:
     Raises:
       UserError: there are checkpoints and none can be read.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
+    steps = sorted(self._settled().all_steps(), reverse=True)
     damaged = []
     for step in steps:
       try:
@@ -155,8 +175,24 @@ class Checkpointer:
     return None
 
   def close(self) -> None:
+    self._thread.shutdown()
     with run_folder_errors(self._workdir):
       self._manager.close()
+    self._settled()
+
+
+def _copied(state: TrainState) -> TrainState:
+  """The state on the host: the next step reuses the device's buffers."""
+
+  def copy(leaf: jax.Array) -> Any:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.clone(leaf)
+    # On CPU numpy would look into the device's own buffer.
+    return np.array(leaf, copy=True if jax.default_backend() == "cpu" else None)
+
+  for leaf in jax.tree.leaves(state):
+    leaf.copy_to_host_async()
+  return jax.tree.map(copy, state)
 
 
 def _loss(metrics: dict[str, float]) -> float:
@@ -196,8 +232,11 @@ def checksums(state: TrainState, note: dict[str, Any]) -> dict[str, int]:
   return {**dict(zip(names, sums.tolist(), strict=True)), "note": note_sum}
 
 
-def _checksum(array: jax.Array) -> np.uint32:
+def _checksum(array: jax.Array | np.ndarray) -> np.uint32:
   """The sum over the elements that lie here; of several equal copies the first one counts."""
+  if isinstance(array, np.ndarray):
+    with np.errstate(over="ignore"):
+      return _weighted_sum(array, (slice(None),) * array.ndim, array.shape)
   total = np.uint32(0)
   with np.errstate(over="ignore"):
     for shard in array.addressable_shards:

@@ -1,8 +1,10 @@
 """Scoring a whole split: token perplexity, word perplexity, bits per byte."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -10,7 +12,7 @@ from hgnn_moe_jax import sharding
 from hgnn_moe_jax.data.corpus import Split
 from hgnn_moe_jax.models.language_model import LanguageModel, Params
 from hgnn_moe_jax.training.feeds import Placed, evaluation_feeds
-from hgnn_moe_jax.training.step import as_count, make_evaluation
+from hgnn_moe_jax.training.step import Feed, as_count, make_evaluation
 
 _BATCHES_PER_DISPATCH = 16
 
@@ -53,6 +55,9 @@ def _exp(x: float) -> float:
 class Evaluator:
   """Scores one split with any parameters; compiles once.
 
+  Attributes:
+    compiled: of `lowered`; None to compile at the first call.
+
   Args:
     model: its `features` and `loss`.
     split: examples (numpy) and sizes of the text they cover.
@@ -77,10 +82,19 @@ class Evaluator:
     self._placed = Placed(split.examples, placement, batch_size, max_length, fill, mesh)
     where = None if mesh is None else sharding.replicated(mesh)
     self._evaluate = make_evaluation(model, _BATCHES_PER_DISPATCH, max_length, fill, where)
+    self.compiled: jax.stages.Compiled | None = None
+
+  def lowered(self, params: Params) -> jax.stages.Lowered:
+    """The computation for parameters of these shapes; compiled, it can be given to `compiled`."""
+    feed, n = next(self._feeds())
+    return self._evaluate.lower(params, feed, as_count(n))
+
+  def _feeds(self) -> Iterator[tuple[Feed, int]]:
+    return evaluation_feeds(self._placed, self._batch_size, _BATCHES_PER_DISPATCH)
 
   def __call__(self, params: Params) -> Score:
     """Scores every token of the split once; totals in float64."""
-    feeds = evaluation_feeds(self._placed, self._batch_size, _BATCHES_PER_DISPATCH)
-    pending = [self._evaluate(params, feed, as_count(n)) for feed, n in feeds]
+    evaluate = self.compiled or self._evaluate
+    pending = [evaluate(params, feed, as_count(n)) for feed, n in self._feeds()]
     total = math.fsum(float(x) for losses in pending for x in np.asarray(losses, np.float64))
     return score(total, self._split.tokens, self._split.words, self._split.bytes)

@@ -138,20 +138,10 @@ class Run:
     self.checkpointer = Checkpointer(workdir, config.training.keep_checkpoints)
     restored = self.checkpointer.restore_latest(assembly.abstract_state)
     if restored is None:
-      self.state = init_state(
-        assembly.model, assembly.optimizer, assembly.controller, config.seed, assembly.shardings()
-      )
-      note = {
-        "metrics_bytes": 0,
-        "tokens_seen": 0,
-        "train_seconds": 0.0,
-        "best": None,
-        "last": None,
-        "flags": no_flags(config.model.num_layers)._asdict(),
-      }
+      self.step, note = 0, _blank_note(config.model.num_layers)
     else:
       self.state, note = restored
-    self.step = int(self.state.step)
+      self.step = int(self.state.step)
     self.tokens_seen, self.clock = note["tokens_seen"], Clock(note["train_seconds"])
     self.best, self.last = note["best"], note["last"]
     self.flags = Flags(**note["flags"])
@@ -177,6 +167,7 @@ class Run:
 
   def train(self) -> dict[str, Any]:
     if self.step < self.total:
+      self._prepare()
       self._train_steps()
     self.checkpointer.wait()
     return self._summarize()
@@ -186,10 +177,26 @@ class Run:
       for part in (self.checkpointer, self.metrics, self.tracker, self.display):
         parts.callback(part.close)
 
-  def _train_steps(self) -> None:
+  def _prepare(self) -> None:
+    """Compiles training and evaluation beside one another, and draws a new run's parameters.
+
+    The time is compilation's, not training's.
+    """
+    a, started = self.assembly, time.perf_counter()
     examples = self.corpus.splits["train"].examples
-    feeder = Feeder(examples, self.config, self.fill, self.step, self.assembly.mesh)
-    dispatch = self._compile(feeder)
+    self.feeder = Feeder(examples, self.config, self.fill, self.step, a.mesh)
+    # Only XLA's part runs in threads: what a user has set for JAX is often set for one thread.
+    with ThreadPoolExecutor(2, "compile") as pool:
+      dispatch = pool.submit(self._lowered().compile)
+      evaluation = pool.submit(self.evaluator.lowered(a.abstract_state.params).compile)
+      if self.step == 0:
+        self.state = init_state(
+          a.model, a.optimizer, a.controller, self.config.seed, a.shardings()
+        )
+      self.dispatch, self.evaluator.compiled = dispatch.result(), evaluation.result()
+    self.compile_seconds += time.perf_counter() - started
+
+  def _train_steps(self) -> None:
     pending: Pending | None = None
     self.clock.restart()
     # A GPU's loop asks the host whether to go on, so that the call lasts as long as its steps:
@@ -199,7 +206,7 @@ class Run:
       launch = launcher.submit if jax.process_count() == 1 else _at_once
       while self.step < self.total:
         n = self._steps_to_take()
-        running = launch(dispatch, self.state, feeder(self.step, n), as_count(n))
+        running = launch(self.dispatch, self.state, self.feeder(self.step, n), as_count(n))
         if pending is not None:
           self._record(pending)
         self.state, records = running.result()
@@ -214,9 +221,9 @@ class Run:
         if stopping and self.step < self.total:
           self._preempt()
 
-  def _compile(self, feeder: Feeder) -> Any:
-    """The compiled dispatch; its time counts as compilation, not as training."""
-    a, started = self.assembly, time.perf_counter()
+  def _lowered(self) -> jax.stages.Lowered:
+    """The dispatch, traced but not compiled."""
+    a = self.assembly
     step = make_train_step(a.model, a.optimizer, a.controller, a.learning_rate, self.config)
     where = None if a.mesh is None else (a.shardings(), sharding.replicated(a.mesh))
     dispatch = make_dispatch(
@@ -224,9 +231,7 @@ class Run:
     )
     # From the state's shapes, not from its arrays: a continued run's, which lie where Orbax put
     # them, would give another program to compile.
-    compiled = dispatch.lower(a.abstract_state, feeder.example(), as_count(1)).compile()
-    self.compile_seconds += time.perf_counter() - started
-    return compiled
+    return dispatch.lower(a.abstract_state, self.feeder.example(), as_count(1))
 
   def _steps_to_take(self) -> int:
     """Up to the next multiple of every cadence, so that resuming meets the same borders."""
@@ -347,6 +352,18 @@ class Run:
     if processes.is_first() and not unchanged:
       write_json(self.workdir / "summary.json", summary)
     return summary
+
+
+def _blank_note(num_layers: int) -> dict[str, Any]:
+  """A checkpoint's note as it would be before the first step."""
+  return {
+    "metrics_bytes": 0,
+    "tokens_seen": 0,
+    "train_seconds": 0.0,
+    "best": None,
+    "last": None,
+    "flags": no_flags(num_layers)._asdict(),
+  }
 
 
 def _at_once(call: Callable[..., Any], *args: Any) -> Future[Any]:

@@ -45,7 +45,7 @@ def test_both_steps_train_the_same_model_alike(tiny_config):
 
 
 def test_the_chosen_variants_are_timed_against_without(tiny_config):
-  result = overhead.measure(tiny_config(), VOCAB, 3, ["measured", "adaptive both, pairs"])
+  result = overhead.measure(tiny_config(), VOCAB, 3, 2, ["measured", "adaptive both, pairs"])
   assert list(result) == ["without", "measured", "adaptive both, pairs"]
   assert result["without"]["ratio"] == 1.0
   for r in result.values():

@@ -74,7 +74,7 @@ def _naive_logits(config, params, inputs_BT):
     rows = [[_block(p, row, config.positions == "rotary") for p in blocks] for row in x]
     x = np.array([np.mean(row, 0) for row in rows])
   x = _layer_norm(x, params["final_norm"]["scale"], params["final_norm"]["bias"])
-  return x @ (params["embedding"].T if config.tie_embeddings else params["head"])
+  return x @ params["embedding" if config.tie_embeddings else "head"].T
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(tied, built, loop):
 def test_loss_in_chunks_that_do_not_divide_the_batch(built, monkeypatch):
   model, params = built(_config(2, "mean"))
   x_BTD, targets_BT, weights_BT = _normal(0, B, T, D), _inputs(), np.ones((B, T), np.float32)
-  wanted = _naive_cross_entropy(jnp.asarray(x_BTD @ params["head"]), targets_BT, weights_BT)
+  wanted = _naive_cross_entropy(jnp.asarray(x_BTD @ params["head"].T), targets_BT, weights_BT)
   for rows in (5, 12):
     monkeypatch.setattr(language_model.head, "chunk_rows", lambda *_, rows=rows: rows)
     loss = model.loss(params, jnp.asarray(x_BTD), targets_BT, weights_BT)

@@ -170,18 +170,18 @@ def test_evaluating_a_finished_folder(tiny_config, tmp_path, monkeypatch):
 
 
 def test_evaluating_before_there_is_anything(tiny_config, tmp_path, monkeypatch):
-  def crash(self, feeder):
+  def crash(self):
     raise RuntimeError("stopped before the first step")
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop.Run, "_compile", crash)
+    patch.setattr(loop.Run, "_lowered", crash)
     with pytest.raises(RuntimeError):
       loop.train(tiny_config(), tmp_path, quiet=True)
   with pytest.raises(UserError, match="no checkpoint there yet; train the run first"):
     evaluate.evaluate_run(tmp_path, "validation")
   with monkeypatch.context() as patch:
     patch.setattr(loop.Run, "_evaluate", crash)
-    with pytest.raises(TypeError):
+    with pytest.raises(RuntimeError):
       loop.train(tiny_config(), tmp_path, quiet=True)
   with pytest.raises(UserError, match="no scored checkpoint there yet; evaluate with --checkpoint"):
     evaluate.evaluate_run(tmp_path, "validation")

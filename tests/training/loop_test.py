@@ -229,13 +229,14 @@ def test_host_placement_and_dispatch_size_change_nothing(
 
 def test_records_are_written_while_the_next_steps_run(tiny_config, tmp_path, monkeypatch):
   """On a GPU a dispatch does not return before its steps are done."""
-  written, write, compile_ = threading.Event(), loop.MetricWriter.write, loop.Run._compile
+  written, write, prepare = threading.Event(), loop.MetricWriter.write, loop.Run._prepare
   monkeypatch.setattr(
     loop.MetricWriter, "write", lambda self, *a, **k: (write(self, *a, **k), written.set())
   )
 
-  def compile_slow(self, feeder):
-    dispatch, calls = compile_(self, feeder), []
+  def prepare_slow(self):
+    prepare(self)
+    dispatch, calls = self.dispatch, []
 
     def slow(*arguments):
       calls.append(arguments)
@@ -243,9 +244,9 @@ def test_records_are_written_while_the_next_steps_run(tiny_config, tmp_path, mon
       assert len(calls) != 2 or written.wait(60), "the first records wait for the second dispatch"
       return dispatch(*arguments)
 
-    return slow
+    self.dispatch = slow
 
-  monkeypatch.setattr(loop.Run, "_compile", compile_slow)
+  monkeypatch.setattr(loop.Run, "_prepare", prepare_slow)
   loop.train(tiny_config(**{"training.steps": 6}), tmp_path, quiet=True)
 
 
