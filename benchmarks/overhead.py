@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from absl import flags
 
-from hgnn_moe_jax import cli
+from hgnn_moe_jax import cli, device
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.data.examples import Batch
 from hgnn_moe_jax.models import language_model
@@ -108,7 +108,8 @@ def measure(
     makers[name] = step_with(changed, vocab_size)
   compiled, states = {}, {}
   for name, (step, state) in makers.items():
-    compiled[name] = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=device.compiler_options())
+    compiled[name] = jitted.lower(state, batch).compile()
     states[name], _ = compiled[name](state, batch)  # The first call is not timed.
   seconds: dict[str, list[float]] = {name: [] for name in compiled}
   names = list(compiled)
@@ -164,8 +165,9 @@ def main() -> None:
     result = measure(config, vocab_size.value, rounds.value, steps.value, variants.value)
     print(table(result))
     if out.value:
-      content = {"config": config.to_dict(), "rounds": rounds.value, "steps_per_timing": steps.value}
-      write_json(pathlib.Path(out.value), {**content, **environment(), "steps": result})
+      timing = {"rounds": rounds.value, "steps_per_timing": steps.value}
+      content = {"config": config.to_dict(), **timing, **environment(), "steps": result}
+      write_json(pathlib.Path(out.value), content)
 
   cli.start(run)
 

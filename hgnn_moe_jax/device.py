@@ -1,5 +1,7 @@
 """What the first device of this process is; what runs on it is decided elsewhere."""
 
+import os
+
 import jax
 
 
@@ -17,3 +19,16 @@ def has_ampere_kernels() -> bool:
   """Whether bfloat16 products, cuDNN's fused attention and Pallas kernels run: from 8.0 on."""
   capability = nvidia_capability()
   return capability is not None and capability >= 8
+
+
+def compiler_options() -> dict[str, str]:
+  """XLA's options for the large programs: training and evaluation.
+
+  On an NVIDIA GPU one pass of XLA makes Triton kernels of layer normalisations, and all passes that
+  fuse after it weigh these up at length: two thirds of the compilation of unrolled layers, for
+  kernels that are no faster (docs/performance.md). XLA_FLAGS has the last word.
+  """
+  name = "xla_disable_hlo_passes"
+  if nvidia_capability() is None or name in os.environ.get("XLA_FLAGS", ""):
+    return {}
+  return {name: "triton-softmax-rewriter"}

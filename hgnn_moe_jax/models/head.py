@@ -6,10 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hgnn_moe_jax import device
-from hgnn_moe_jax.models import softmax_kernel
-from hgnn_moe_jax.sharding import on_mesh
-
 # Entries of one chunk's logits. On CPU a chunk should stay near the cache; on an accelerator it
 # should fill the device. Few rows would rewrite the kernel's gradient too often.
 _CHUNK_ENTRIES = {"cpu": 2**21}
@@ -103,24 +99,6 @@ def _chunk_nll(
   return jnp.log(total_n) + top_n - chosen_n, exp_nV, total_n
 
 
-def _chunk_errors(
-  chunk: _Chunk, kernel_DV: jax.Array, vocab_size: int
-) -> tuple[jax.Array, jax.Array]:
-  """nll_n, and the gradient of weight_n nll_n by the logits, in the kernel's dtype."""
-  dtype = kernel_DV.dtype
-  if device.has_ampere_kernels() and not on_mesh():
-    x_nD = chunk.x_nD.astype(dtype)
-    logit_nV = jnp.matmul(x_nD, kernel_DV, preferred_element_type=jnp.float32)
-    rest = (chunk.target_n, chunk.weight_n, vocab_size, dtype)
-    return softmax_kernel.softmax_errors(logit_nV, *rest)
-  nll_n, exp_nV, total_n = _chunk_nll(chunk, kernel_DV, vocab_size)
-  # d nll / d logits = softmax - onehot.
-  hit_nV = jnp.arange(kernel_DV.shape[1])[None, :] == chunk.target_n[:, None]
-  error_nV = exp_nV * (chunk.weight_n / total_n)[:, None]
-  error_nV = jnp.where(hit_nV, error_nV - chunk.weight_n[:, None], error_nV)
-  return nll_n, error_nV.astype(dtype)
-
-
 def _top_and_total(logit_nV: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The largest logit, and the sum of exponentials relative to it, in one pass over the logits.
 
@@ -142,7 +120,11 @@ def _forward(x_ND, kernel_DV, target_N, weight_N, rows, dtype):
   def body(carry, xs):
     total, grad_DV = carry
     chunk, x_Dn = xs
-    nll_n, error_nV = _chunk_errors(chunk, kernel, vocab_size)
+    nll_n, exp_nV, total_n = _chunk_nll(chunk, kernel, vocab_size)
+    # d nll / d logits = softmax - onehot.
+    hit_nV = jnp.arange(kernel.shape[1])[None, :] == chunk.target_n[:, None]
+    error_nV = exp_nV * (chunk.weight_n / total_n)[:, None]
+    error_nV = jnp.where(hit_nV, error_nV - chunk.weight_n[:, None], error_nV).astype(dtype)
     grad_nD = jnp.matmul(error_nV, kernel.T, preferred_element_type=jnp.float32)
     grad_DV = grad_DV + jnp.matmul(x_Dn, error_nV, preferred_element_type=jnp.float32)
     return (total + jnp.sum(chunk.weight_n * nll_n), grad_DV), (grad_nD, nll_n)

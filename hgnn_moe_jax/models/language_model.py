@@ -186,7 +186,7 @@ class Network(nn.Module):
       first = position_TD[None, : inputs_BT.shape[1]]
       x_BTD = x_BTD + (first if start_B is None else position_TD[position_BT])
     if not c.tie_embeddings:
-      # Lies like the embedding: rows of an odd length, as of 50,257 tokens, keep a GPU from updating
+      # Lies like the embedding: rows of an odd length, such as 50,257, keep a GPU from updating
       # several entries at once. What a seed draws is as if it lay the other way.
       shape = (c.embed_dim, self.vocab_size)
       transposed = lambda *args: initializer(*args).T  # noqa: E731

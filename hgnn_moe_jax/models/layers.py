@@ -110,21 +110,28 @@ def gelu(x: jax.Array) -> jax.Array:
   return jax.checkpoint(jax.nn.gelu)(x) if jax.default_backend() == "cpu" else _gelu_of_gpu(x)
 
 
+_GELU = (8 / jnp.pi) ** 0.5, 0.044715
+
+
 @jax.custom_vjp
 def _gelu_of_gpu(x: jax.Array) -> jax.Array:
-  return jax.nn.gelu(x.astype(jnp.float32)).astype(x.dtype)
+  """Written as x / (1 + exp(-2 u)), which takes fewer instructions than a tanh."""
+  x32, (c, a) = x.astype(jnp.float32), _GELU
+  return (x32 / (1 + jnp.exp(-c * (x32 + a * x32**3)))).astype(x.dtype)
 
 
 def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
   """With the same function written as x sigmoid(2 u).
 
-  So nothing dear is common to both passes: XLA would keep a tanh for the backward pass, and reading
-  it takes longer than computing it.
+  So nothing dear is common to both passes: XLA would keep it for the backward pass, and reading it
+  takes longer than computing it.
   """
-  x32, c, a = x.astype(jnp.float32), (8 / jnp.pi) ** 0.5, 0.044715
+  x32, (c, a) = x.astype(jnp.float32), _GELU
   gate = jax.nn.sigmoid(c * (x32 + a * x32**3))
   slope = gate + x32 * gate * (1 - gate) * c * (1 + 3 * a * x32**2)
-  return ((grad.astype(jnp.float32) * slope).astype(x.dtype),)
+  grad_x = (grad.astype(jnp.float32) * slope).astype(x.dtype)
+  # For the sum over tokens that comes next XLA would write it down in float32.
+  return (jax.lax.optimization_barrier(grad_x),)
 
 
 _gelu_of_gpu.defvjp(lambda x: (_gelu_of_gpu(x), x), _gelu_backward)

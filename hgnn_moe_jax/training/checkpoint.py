@@ -76,13 +76,14 @@ class Checkpointer:
     if step in manager.all_steps():
       return
 
-    def write(state: TrainState) -> None:
+    def write(state: TrainState) -> None:  # arrays of JAX or of numpy
       sealed = {"content": note, "checksums": checksums(state, note)}
       args = ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(sealed))
       manager.save(step, args=args, metrics=None if loss is None else {"loss": loss})
 
     if all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(state)):
-      self._saving = self._thread.submit(write, _copied(state))
+      copied = _copied(state)
+      self._saving = self._thread.submit(lambda: write(_as_numpy(copied)))
     else:  # Orbax copies each device's part; several processes do it in step.
       with run_folder_errors(self._workdir):
         write(state)
@@ -182,17 +183,28 @@ class Checkpointer:
 
 
 def _copied(state: TrainState) -> TrainState:
-  """The state on the host: the next step reuses the device's buffers."""
+  """The state in the host's memory, since the next step reuses the device's buffers.
+
+  Pinned, where there is a device: copied into pageable memory, 474 MB took 0.2 seconds, during
+  which a GPU waited; here it is 0.01, and nobody waits.
+  """
 
   def copy(leaf: jax.Array) -> Any:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if _is_key(leaf):
       return jax.random.clone(leaf)
-    # On CPU numpy would look into the device's own buffer.
-    return np.array(leaf, copy=True if jax.default_backend() == "cpu" else None)
+    if jax.default_backend() == "cpu":
+      return np.array(leaf)  # np.asarray would look into the device's own buffer.
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host"))
 
-  for leaf in jax.tree.leaves(state):
-    leaf.copy_to_host_async()
   return jax.tree.map(copy, state)
+
+
+def _as_numpy(state: TrainState) -> TrainState:
+  return jax.tree.map(lambda leaf: leaf if _is_key(leaf) else np.asarray(leaf), state)
+
+
+def _is_key(leaf: Any) -> bool:
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _loss(metrics: dict[str, float]) -> float:
@@ -221,10 +233,7 @@ def checksums(state: TrainState, note: dict[str, Any]) -> dict[str, int]:
   """
   with_paths, _ = jax.tree_util.tree_flatten_with_path(state)
   names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_paths]
-  arrays = [
-    jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-    for _, leaf in with_paths
-  ]
+  arrays = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for _, leaf in with_paths]
   with ThreadPoolExecutor() as pool:
     own = np.asarray(list(pool.map(_checksum, arrays)), np.uint32)
   sums = processes.sum_over_processes(own)

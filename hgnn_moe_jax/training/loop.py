@@ -190,28 +190,30 @@ class Run:
       dispatch = pool.submit(self._lowered().compile)
       evaluation = pool.submit(self.evaluator.lowered(a.abstract_state.params).compile)
       if self.step == 0:
-        self.state = init_state(
-          a.model, a.optimizer, a.controller, self.config.seed, a.shardings()
-        )
+        self.state = init_state(a.model, a.optimizer, a.controller, self.config.seed, a.shardings())
       self.dispatch, self.evaluator.compiled = dispatch.result(), evaluation.result()
     self.compile_seconds += time.perf_counter() - started
 
   def _train_steps(self) -> None:
     pending: Pending | None = None
+    n = self._steps_to_take(self.step)
+    feed = self.feeder(self.step, n)
     self.clock.restart()
     # A GPU's loop asks the host whether to go on, so that the call lasts as long as its steps:
-    # meanwhile this thread writes down the last ones. Several processes have to launch everything
-    # in the same order, that is from the same thread.
+    # meanwhile this thread writes down the last ones and gets the next ones' feed. Several
+    # processes have to launch everything in the same order, that is from the same thread.
     with ThreadPoolExecutor(1, "dispatch") as launcher:
       launch = launcher.submit if jax.process_count() == 1 else _at_once
       while self.step < self.total:
-        n = self._steps_to_take()
-        running = launch(self.dispatch, self.state, self.feeder(self.step, n), as_count(n))
+        running = launch(self.dispatch, self.state, feed, as_count(n))
         if pending is not None:
           self._record(pending)
+        next_n = self._steps_to_take(self.step + n)
+        if next_n:
+          feed = self.feeder(self.step + n, next_n)
         self.state, records = running.result()
         pending = Pending(self.step, n, records)
-        self.step += n
+        self.step, n = self.step + n, next_n
         stopping = self.agree(self.stop.is_set())  # Asked once: it may be set at any moment.
         if self._due() or stopping:
           self._record(pending)
@@ -233,11 +235,11 @@ class Run:
     # them, would give another program to compile.
     return dispatch.lower(a.abstract_state, self.feeder.example(), as_count(1))
 
-  def _steps_to_take(self) -> int:
+  def _steps_to_take(self, step: int) -> int:
     """Up to the next multiple of every cadence, so that resuming meets the same borders."""
     t = self.config.training
     cadences = (t.steps_per_dispatch, t.checkpoint_every, self.config.evaluation.every)
-    return min(self.total - self.step, *(c - self.step % c for c in cadences))
+    return min(self.total - step, *(c - step % c for c in cadences))
 
   def _due(self) -> bool:
     cadences = (self.config.training.checkpoint_every, self.config.evaluation.every)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hgnn_moe_jax import extensions
+from hgnn_moe_jax import device, extensions
 from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.control.base import Controller, Observation, Strengths
 from hgnn_moe_jax.data.examples import Batch, Examples, gather
@@ -259,7 +259,8 @@ def make_dispatch(
     # A bare 0 would make k weakly typed, which is another type than n's: another trace.
     return jax.lax.fori_loop(jnp.zeros_like(n), n, body, (state, records))
 
-  return jax.jit(dispatch, donate_argnums=0, out_shardings=shardings)
+  options = device.compiler_options()
+  return jax.jit(dispatch, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
 def make_evaluation(
@@ -278,7 +279,7 @@ def make_evaluation(
 
     return jax.lax.fori_loop(0, n, body, jnp.zeros(max_batches))
 
-  return jax.jit(evaluate, out_shardings=sharding)
+  return jax.jit(evaluate, out_shardings=sharding, compiler_options=device.compiler_options())
 
 
 def as_count(n: int) -> np.ndarray:

@@ -102,14 +102,14 @@ def stop_at(monkeypatch):
 
   def arrange(step: int, number: int = signal.SIGTERM) -> None:
     once = iter([True])
-    feed = loop.Feeder.__call__
+    count = loop.Run._steps_to_take
 
-    def call(self, first: int, n: int):
-      if first <= step - 1 < first + n and next(once, False):
+    def call(self, after: int):  # Asked for the next dispatch, which begins there.
+      if self.step < step <= after and next(once, False):
         os.kill(os.getpid(), number)
-      return feed(self, first, n)
+      return count(self, after)
 
-    monkeypatch.setattr(loop.Feeder, "__call__", call)
+    monkeypatch.setattr(loop.Run, "_steps_to_take", call)
 
   return arrange
 
