@@ -1,12 +1,12 @@
 """A vector for every token, and its gradient: a sum over tokens."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def on_tokens(
   vector: jax.Array, tokens: tuple[int, ...], own: int = 0, dtype: jnp.dtype | None = None
 ) -> jax.Array:
@@ -21,6 +21,12 @@ def on_tokens(
   Returns:
     [vector.shape[:own], tokens, vector.shape[own:]].
   """
+  spread: Any = _on_tokens(vector, tokens, own, dtype)
+  return spread
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _on_tokens(vector, tokens, own, dtype):
   before, after = vector.shape[:own], vector.shape[own:]
   apart = vector.astype(dtype or vector.dtype).reshape(*before, *(1,) * len(tokens), *after)
   return jnp.broadcast_to(apart, (*before, *tokens, *after))
@@ -40,7 +46,7 @@ def token_sum(x: jax.Array, own: int, count: int = 2) -> jax.Array:
 
 
 def _forward(vector, tokens, own, dtype):
-  return on_tokens(vector, tokens, own, dtype), None
+  return _on_tokens(vector, tokens, own, dtype), None
 
 
 def _backward(tokens, own, dtype, _, grad):
@@ -48,4 +54,4 @@ def _backward(tokens, own, dtype, _, grad):
   return (token_sum(grad, own, len(tokens)),)
 
 
-on_tokens.defvjp(_forward, _backward)
+_on_tokens.defvjp(_forward, _backward)

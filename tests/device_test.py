@@ -29,3 +29,19 @@ def test_what_a_device_can_do(backend, properties, capability, kernels, dtype, m
   assert device.nvidia_capability() == capability
   assert device.has_ampere_kernels() is kernels
   assert language_model.compute_dtype(ModelConfig()) == dtype
+
+
+@pytest.mark.parametrize(
+  ("backend", "properties", "flags", "expected"),
+  [
+    ("cpu", {}, "", {}),
+    ("gpu", MI300, "", {}),
+    ("gpu", T4, "--xla_other=1", {"xla_disable_hlo_passes": "triton-softmax-rewriter"}),
+    ("gpu", A100, "--xla_disable_hlo_passes=cse", {}),
+  ],
+)
+def test_options_of_the_compiler(backend, properties, flags, expected, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(**properties)])
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  assert device.compiler_options() == expected

@@ -18,14 +18,38 @@ def test_normalize_by_hand():
   assert np.isfinite(jax.grad(lambda x: layers.normalize(x)[0])(jnp.ones(3))).all()
 
 
-def test_gelu_keeps_its_argument_only():
-  x = jnp.asarray(_normal(0, 5))
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gelu_keeps_its_argument_only(backend, dtype, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  x = jnp.asarray([*np.linspace(-6, 6, 41), -1e4, 1e4], dtype)
   value, pull = jax.vjp(layers.gelu, x)
   (kept,) = jax.tree.leaves(pull)
   np.testing.assert_array_equal(kept, x)
-  wanted, wanted_pull = jax.vjp(jax.nn.gelu, x)
-  np.testing.assert_allclose(value, wanted, rtol=1e-6)
-  np.testing.assert_allclose(pull(jnp.ones(5))[0], wanted_pull(jnp.ones(5))[0], rtol=1e-6)
+  z = np.asarray(x, np.float64)
+  c, a = (2 / np.pi) ** 0.5, 0.044715
+  bent = np.tanh(c * (z + a * z**3))
+  wanted = z / 2 * (1 + bent)
+  wanted_slope = (1 + bent) / 2 + z / 2 * (1 - bent**2) * c * (1 + 3 * a * z**2)
+  (slope,) = pull(jnp.ones_like(x))
+  assert value.dtype == slope.dtype == dtype
+  rounding = {"atol": 1e-5, "rtol": 1e-6} if dtype == jnp.float32 else {"atol": 0.02, "rtol": 0.01}
+  for found, exact in ((value, wanted), (slope, wanted_slope)):
+    np.testing.assert_allclose(np.asarray(found, np.float64), exact, **rounding)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_scores_are_a_product(backend, monkeypatch, assert_slopes):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  h_EBTD, kernel_DX, factor_XEBT = _normal(0, 3, 2, 4, 5), _normal(1, 5, 2), _normal(2, 2, 3, 2, 4)
+  found = layers.scores(jnp.asarray(h_EBTD), jnp.asarray(kernel_DX))
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, np.moveaxis(h_EBTD @ kernel_DX, -1, 0), rtol=1e-5, atol=1e-6)
+  plain = lambda h, kernel: np.sum(factor_XEBT * np.moveaxis(h @ kernel, -1, 0))  # noqa: E731
+  gradients = jax.grad(lambda h, k: jnp.sum(factor_XEBT * layers.scores(h, k)), (0, 1))(
+    jnp.asarray(h_EBTD), jnp.asarray(kernel_DX)
+  )
+  assert_slopes(lambda a: plain(*a), (h_EBTD, kernel_DX), gradients)
 
 
 def test_layer_norm_has_gain_and_bias():

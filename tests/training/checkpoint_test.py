@@ -1,9 +1,12 @@
 """What is saved comes back bit for bit; what is damaged is noticed, named and skipped."""
 
+import errno
 import itertools
 import logging
+import os
 import pathlib
 import shutil
+import threading
 import zlib
 
 import jax
@@ -66,6 +69,40 @@ def test_state_and_note_come_back_to_the_bit(open_folder, assert_same):
   state, note = open_folder().restore(abstract, 7)
   assert_same(state, make_state(7))
   assert note == {"step": 7, **NOTE}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_training_goes_on_while_a_state_is_saved(backend, open_folder, assert_same, monkeypatch):
+  """What is saved is the state at that moment, though its buffers are soon the next one's."""
+  writer, written = open_folder(), threading.Event()
+  write = writer._manager.save
+  monkeypatch.setattr(writer._manager, "save", lambda *a, **k: written.wait(60) and write(*a, **k))
+  state = jax.device_put(make_state(3))
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, "default_backend", lambda: backend)
+    writer.save(3, state, NOTE)
+  others = jax.jit(
+    lambda tree: jax.tree.map(lambda leaf: leaf + jnp.ones((), leaf.dtype), tree), donate_argnums=0
+  )({"params": state.params, "opt_state": state.opt_state})
+  jax.block_until_ready(others)
+  assert state.params["head"].is_deleted()
+  written.set()
+  writer.wait()
+  saved, _ = open_folder().restore(jax.eval_shape(lambda: make_state(0)), 3)
+  assert_same(saved, make_state(3))
+
+
+def test_what_fails_in_the_background_is_told_at_the_next_call(open_folder, monkeypatch):
+  writer = open_folder()
+
+  def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(writer._manager, "save", full)
+  writer.save(3, make_state(3), NOTE)
+  with pytest.raises(UserError, match="No space left"):
+    writer.wait()
+  writer.wait()  # Told once.
 
 
 def test_the_newest_few_and_the_best_stay(open_folder, tmp_path):

@@ -227,12 +227,18 @@ def test_host_placement_and_dispatch_size_change_nothing(
     assert_same(final_state(tmp_path / name), final_state(finished))
 
 
-def test_records_are_written_while_the_next_steps_run(tiny_config, tmp_path, monkeypatch):
+def test_records_and_feeds_are_made_while_steps_run(tiny_config, tmp_path, monkeypatch):
   """On a GPU a dispatch does not return before its steps are done."""
-  written, write, prepare = threading.Event(), loop.MetricWriter.write, loop.Run._prepare
+  written, fed = threading.Event(), threading.Event()
+  write, prepare, feed = loop.MetricWriter.write, loop.Run._prepare, loop.Feeder.__call__
   monkeypatch.setattr(
     loop.MetricWriter, "write", lambda self, *a, **k: (write(self, *a, **k), written.set())
   )
+
+  def call(self, step, n):
+    if step == 3:
+      fed.set()
+    return feed(self, step, n)
 
   def prepare_slow(self):
     prepare(self)
@@ -240,14 +246,31 @@ def test_records_are_written_while_the_next_steps_run(tiny_config, tmp_path, mon
 
     def slow(*arguments):
       calls.append(arguments)
-      # Step 6 is an evaluation, before which everything is written.
-      assert len(calls) != 2 or written.wait(60), "the first records wait for the second dispatch"
+      if len(calls) == 1:
+        assert fed.wait(60), "the second feed waits for the first dispatch"
+      else:  # Step 6 is an evaluation, before which everything is written.
+        assert written.wait(60), "the first records wait for the second dispatch"
       return dispatch(*arguments)
 
     self.dispatch = slow
 
+  monkeypatch.setattr(loop.Feeder, "__call__", call)
   monkeypatch.setattr(loop.Run, "_prepare", prepare_slow)
   loop.train(tiny_config(**{"training.steps": 6}), tmp_path, quiet=True)
+
+
+def test_nothing_is_compiled_once_training_has_begun(tiny_config, tmp_path, monkeypatch):
+  prepare = loop.Run._prepare
+
+  def prepare_and_count(self):
+    prepare(self)
+    assert self.compile_seconds > 0.0
+    # Only the compiled programs are left.
+    monkeypatch.setattr(self.evaluator, "_evaluate", None)
+
+  monkeypatch.setattr(loop.Run, "_prepare", prepare_and_count)
+  summary = loop.train(tiny_config(**{"training.steps": 6}), tmp_path, quiet=True)
+  assert summary["last"]["step"] == 6
 
 
 def test_a_finished_run_is_left_alone(tiny_config, finished, tmp_path, monkeypatch):

@@ -1,0 +1,56 @@
+"""A vector for every token, and sums over tokens, on CPU and as on a GPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hgnn_moe_jax import token_sums
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def backend(request, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+  return request.param
+
+
+# Vector's shape, tokens, own, and where in the result's indices the tokens are.
+CASES = [
+  ((5,), (2, 3), 0, "BTD"),
+  ((4, 5), (2, 3), 1, "EBTD"),
+  ((5,), (4, 2, 3), 0, "EBTD"),
+  ((2, 3, 5), (4, 6), 0, "BTXYD"),
+  ((5,), (7,), 0, "TD"),
+]
+
+
+@pytest.mark.parametrize(("shape", "tokens", "own", "axes"), CASES)
+def test_every_token_gets_the_vector_and_gives_its_gradient(shape, tokens, own, axes, backend):
+  rng = np.random.default_rng(0)
+  vector = rng.standard_normal(shape).astype(np.float32)
+  found, pull = jax.vjp(lambda v: token_sums.on_tokens(v, tokens, own), jnp.asarray(vector))
+  assert found.shape == (*shape[:own], *tokens, *shape[own:]) and len(axes) == found.ndim
+  for place in np.ndindex(tokens):
+    np.testing.assert_array_equal(found[(slice(None),) * own + place], vector)
+  grad = rng.standard_normal(found.shape).astype(np.float32)
+  wanted = np.zeros(shape)
+  for place in np.ndindex(tokens):
+    wanted += grad[(slice(None),) * own + place]
+  np.testing.assert_allclose(pull(jnp.asarray(grad))[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_rounded_tokens_are_summed_in_float32(backend):
+  """Summed in bfloat16, 4,096 ones would end at 256."""
+  vector = jnp.full((1, 2), 1 / 3)
+  found, pull = jax.vjp(lambda v: token_sums.on_tokens(v, (64, 64), 1, jnp.bfloat16), vector)
+  assert found.dtype == jnp.bfloat16
+  (grad,) = pull(jnp.ones_like(found))
+  assert grad.dtype == jnp.float32
+  np.testing.assert_array_equal(grad, np.full((1, 2), 4096, np.float32))
+
+
+def test_a_gpu_sums_in_two_steps_that_stay_two(backend):
+  jaxpr = jax.make_jaxpr(lambda x: token_sums.token_sum(x, 1))(jnp.ones((4, 2, 3, 5)))
+  names = [equation.primitive.name for equation in jaxpr.eqns]
+  two = ["reduce_sum", "optimization_barrier", "reduce_sum"]
+  assert names == (two if backend == "gpu" else ["reduce_sum"])
