@@ -7,8 +7,8 @@ tokens, padding masked by weight; batch 32, 8 epochs = 4,536 steps, AdamW 5e-4, 
 dropout 0.1; weight and output penalties). The original reported a token perplexity of 93.57 after
 13.4 minutes on an A100. Token perplexity of this protocol compares with nothing else.
 Parameters: 39,457,928 (the original: 39.77 million; docs/design.md explains the difference).
-Result: token perplexity 89.24 and 89.50 (seeds 42 and 43; best of 23 evaluations, at step 3,400; at
-the end 90.28 and 90.65), word perplexity 196.4 and 197.1, 36 s of training, 99 s in all, on one
+Result: token perplexity 89.29 and 89.54 (seeds 42 and 43; best of 23 evaluations, at step 3,400; at
+the end 90.28 and 90.67), word perplexity 196.6 and 197.2, 28 s of training, 66 s in all, on one
 H200, 26 November 2026. docs/from-the-seed.md has the rest.
 """
 

@@ -10,7 +10,7 @@ import re
 import pytest
 
 import hgnn_moe_jax
-from benchmarks import data, generation, parts, scaling, train_step
+from benchmarks import data, generation, overhead, parts, scaling, train_step
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -58,6 +58,12 @@ def test_the_overhead_table_is_the_measured_one():
     assert megabytes == f"{r['temporary_bytes'] / 1e6:.1f}"
     told = f"{r['ratio']:.3f} [{r['ratio_low']:.3f}, {r['ratio_high']:.3f}]"
     assert ratio == ("1" if r["ratio_low"] == r["ratio_high"] == 1.0 else told)
+
+
+def test_the_overhead_on_a_gpu_is_the_measured_one():
+  result = json.loads((ROOT / "benchmarks" / "results" / "overhead_h200.json").read_text())
+  _, _, *lines = overhead.table(result["steps"]).splitlines()
+  assert "\n".join(lines) in page("performance.md")
 
 
 @pytest.mark.parametrize(
