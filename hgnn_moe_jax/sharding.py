@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from hgnn_moe_jax.config import Config
+from hgnn_moe_jax.config import Config, MeshConfig
 from hgnn_moe_jax.errors import ConfigError
 
 AXES = ("data", "expert", "model")
@@ -51,9 +51,21 @@ def make_mesh(config: Config) -> Mesh | None:
     if size % data:
       rounds = " in each of training.accumulation rounds" if "training" in field else ""
       raise ConfigError(field, size, f"use a multiple of the {data} parts of mesh.data{rounds}")
-  if count == 1:
-    return None
-  devices = np.asarray(jax.devices()).reshape(data, m.expert, m.model)
+  return None if count == 1 else _mesh(data, m)
+
+
+def evaluation_mesh(config: Config) -> Mesh | None:
+  """For a trained model: the run's expert and model axes, and data over the devices that are left.
+
+  None if there is only one device, or if these two axes do not divide the number of devices.
+  """
+  m, count = config.mesh, jax.device_count()
+  rest = m.expert * m.model
+  return None if count == 1 or count % rest else _mesh(count // rest, m)
+
+
+def _mesh(data: int, config: MeshConfig) -> Mesh:
+  devices = np.asarray(jax.devices()).reshape(data, config.expert, config.model)
   return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
 
 

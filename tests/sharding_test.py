@@ -112,6 +112,21 @@ def test_each_process_reads_its_share_of_a_batch(count, processes, fields, share
     assert sharding.share(sharding.make_mesh(config(**fields))) == expected
 
 
+@pytest.mark.parametrize(
+  ("count", "fields", "shape"),
+  [
+    (1, {"mesh__expert": 4}, None),
+    (8, {"mesh__data": 2, "mesh__expert": 4}, (2, 4, 1)),
+    (4, {"mesh__data": 8}, (4, 1, 1)),  # trained on eight
+    (6, {"mesh__model": 4}, None),
+  ],
+)
+def test_a_trained_model_takes_the_devices_there_are(count, fields, shape, devices):
+  devices(count)
+  mesh = sharding.evaluation_mesh(config(**fields))
+  assert (None if mesh is None else mesh.devices.shape) == shape
+
+
 def test_processes_that_cut_a_part_of_the_data_in_two_are_refused(devices):
   devices(6, 2)
   mesh = sharding.make_mesh(config(training__batch_size=6, mesh__data=3, mesh__model=2))

@@ -1,8 +1,12 @@
 """Scoring a finished or running run from its folder alone."""
 
 import pathlib
+from contextlib import nullcontext
 from typing import Any
 
+import jax
+
+from hgnn_moe_jax import sharding
 from hgnn_moe_jax.data.corpus import load_corpus
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.training import run_folder
@@ -17,6 +21,8 @@ def evaluate_run(
   workdir: pathlib.Path, split: str, checkpoint: str = "best", stride: int | None = None
 ) -> dict[str, Any]:
   """Scores one split with a saved checkpoint and appends the record to metrics.jsonl.
+
+  On all devices there are, if the run's experts and widths can be laid out over them, else on one.
 
   Args:
     workdir: of a run that has saved at least once.
@@ -37,7 +43,8 @@ def evaluate_run(
       f"--workdir={workdir}: the text at config.data.path={config.data.path!r} is not the one this "
       "run was trained on; restore it"
     )
-  assembly = assemble(config, corpus)
+  mesh = sharding.evaluation_mesh(config)
+  assembly = assemble(config, corpus, mesh)
   checkpointer = Checkpointer(workdir)
   step = checkpointer.best_step() if checkpoint == "best" else checkpointer.latest_step()
   if step is None:
@@ -48,15 +55,20 @@ def evaluate_run(
     raise UserError(f"--workdir={workdir}: no checkpoint there yet; train the run first")
   state, _ = checkpointer.restore(assembly.abstract_state, step)
   checkpointer.close()
-  evaluator = Evaluator(
-    assembly.model,
-    corpus.splits[split],
-    config.evaluation.batch_size or config.training.batch_size,
-    config.model.max_length,
-    corpus.tokenizer.end_of_text,
-    config.data.placement,
-  )
-  score = evaluator(averaged_params(state.opt_state, state.params))
+  # Every part of the data axis takes as many rows; what a batch holds makes no difference.
+  parts = 1 if mesh is None else mesh.shape["data"]
+  batch_size = config.evaluation.batch_size or config.training.batch_size
+  with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+    evaluator = Evaluator(
+      assembly.model,
+      corpus.splits[split],
+      -(-batch_size // parts) * parts,
+      config.model.max_length,
+      corpus.tokenizer.end_of_text,
+      config.data.placement,
+      mesh,
+    )
+    score = evaluator(averaged_params(state.opt_state, state.params))
   fields = {
     "split": split,
     "checkpoint": checkpoint,

@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from hgnn_moe_jax.training import loop
+from hgnn_moe_jax.training import evaluate, loop
 
 _SCRIPT = pathlib.Path(__file__).parent / "train_here.py"
 
@@ -65,15 +65,18 @@ def config(tiny_config):
   return make
 
 
-def train_on(count, runs):
-  """Trains {workdir: config} in a process that has so many devices."""
+def train_on(count, runs, evaluate=False):
+  """Trains, and scores, {workdir: config} in a process that has so many devices."""
   flags = os.environ.get("XLA_FLAGS", "")
   environment = {
     **os.environ,
     "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}",
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
   }
-  lines = [json.dumps({"config": c.to_dict(), "workdir": str(w)}) for w, c in runs.items()]
+  lines = [
+    json.dumps({"config": c.to_dict(), "workdir": str(w), "evaluate": evaluate})
+    for w, c in runs.items()
+  ]
   done = subprocess.run(
     [sys.executable, str(_SCRIPT)],
     input="\n".join(lines),
@@ -109,8 +112,15 @@ def test_eight_devices_then_two(
   folders, config, tmp_path, read_metrics, assert_same_curve, rewound
 ):
   copy = rewound(folders["expert"], tmp_path / "two", 12)
-  train_on(2, {copy: config("graph", (1, 2, 1))})
-  assert_same_curve(read_metrics(copy), read_metrics(folders["graph"]))
+  train_on(2, {copy: config("graph", (1, 2, 1))}, evaluate=True)
+  *rows, again = read_metrics(copy)
+  assert_same_curve(rows, read_metrics(folders["graph"]))
+  (trained,) = [r for r in rows if r["kind"] == "eval" and r["step"] == again["step"]]
+  assert again["checkpoint"] == "last"
+  # A folder of two devices, scored on two and on this one.
+  alone = evaluate.evaluate_run(copy, "validation", "last")
+  assert trained["loss"] == pytest.approx(again["loss"], rel=1e-6)
+  assert again["loss"] == pytest.approx(alone["loss"], rel=1e-6)
   # Its first eight steps are those of eight devices to the last bit.
   first = lambda folder: [r for r in read_metrics(folder) if r["step"] <= 8]  # noqa: E731
   assert first(copy) == first(folders["expert"])

@@ -1,4 +1,7 @@
-"""Trains runs one after the other in this process: lines of JSON {"config", "workdir"} on stdin."""
+"""Trains runs one after the other in this process: lines of JSON {"config", "workdir"} on stdin.
+
+With "evaluate" the run's last checkpoint is then scored again.
+"""
 
 import json
 import pathlib
@@ -7,11 +10,14 @@ import sys
 import jax
 
 from hgnn_moe_jax.config import Config
-from hgnn_moe_jax.training import loop
+from hgnn_moe_jax.training import evaluate, loop
 
 if __name__ == "__main__":
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   for line in sys.stdin:
     run = json.loads(line)
-    loop.train(Config.from_dict(run["config"]), pathlib.Path(run["workdir"]), quiet=True)
+    workdir = pathlib.Path(run["workdir"])
+    loop.train(Config.from_dict(run["config"]), workdir, quiet=True)
+    if run["evaluate"]:
+      evaluate.evaluate_run(workdir, "validation", "last")
     print(run["workdir"], flush=True)
