@@ -8,7 +8,9 @@ import pytest
 
 from hgnn_moe_jax import device
 from hgnn_moe_jax.config import ModelConfig
+from hgnn_moe_jax.data.examples import Batch
 from hgnn_moe_jax.models import language_model
+from hgnn_moe_jax.training import step
 
 A100, T4, MI300 = ({"compute_capability": name} for name in ("8.0", "7.5", "gfx942"))
 
@@ -45,3 +47,18 @@ def test_options_of_the_compiler(backend, properties, flags, expected, monkeypat
   monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(**properties)])
   monkeypatch.setenv("XLA_FLAGS", flags)
   assert device.compiler_options() == expected
+
+
+def test_training_and_evaluation_are_compiled_with_them(monkeypatch):
+  monkeypatch.setattr(device, "compiler_options", lambda: {"xla_no_such_option": "1"})
+  train = step.make_dispatch(lambda state, batch: (state, batch.weights_BT.sum()), 2, 4, 0)
+  model = SimpleNamespace(
+    features=lambda params, inputs, weights, key: (params, None),
+    loss=lambda params, x, targets, weights: x * weights.sum(),
+  )
+  score = step.make_evaluation(model, 2, 4, 0)
+  batch = Batch(*(jnp.zeros((2, 3, 4), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
+  for program in (train, score):
+    lowered = program.lower(jnp.zeros(()), step.Feed(None, None, batch), step.as_count(1))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+      lowered.compile()

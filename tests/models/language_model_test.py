@@ -490,3 +490,5 @@ def test_a_seed_draws_what_it_always_drew():
   params = jax.jit(language_model.build(_config(3), V, _updates).init)(jax.random.key(0))
   drawn = [params["embedding"][0, 0], *params["layers"]["experts"]["qkv_kernel"][:, 1, 0, 0, 0, 0]]
   np.testing.assert_allclose(drawn, [0.02692044, -0.1496902, 0.4610273], rtol=1e-5)
+  # From when it lay the other way.
+  np.testing.assert_allclose(params["head"][:2, 1], [-0.07621294, -0.11414873], rtol=1e-5)
