@@ -24,9 +24,9 @@ def has_ampere_kernels() -> bool:
 def compiler_options() -> dict[str, str]:
   """XLA's options for the large programs: training and evaluation.
 
-  On an NVIDIA GPU one pass of XLA makes Triton kernels of layer normalisations, and all passes that
-  fuse after it weigh these up at length: two thirds of the compilation of unrolled layers, for
-  kernels that are no faster (docs/performance.md). XLA_FLAGS has the last word.
+  On an NVIDIA GPU one pass of XLA makes Triton kernels of layer normalisations, and the fusing pass
+  weighs these up at length: half or more of the compilation of unrolled layers, for kernels that
+  are no faster (docs/performance.md). XLA_FLAGS has the last word.
   """
   name = "xla_disable_hlo_passes"
   if nvidia_capability() is None or name in os.environ.get("XLA_FLAGS", ""):

@@ -121,7 +121,7 @@ def _gram_backward(residuals, cotangent_EEBT):
     grad_EBTD = grad_GEND.reshape(a_EBTD.shape)
   else:
     grad_EBTD = mix(both_ways_EEBT, _centred(a_EBTD, centre_ED)).astype(a_EBTD.dtype)
-  return grad_EBTD, -token_sum(grad_EBTD.astype(jnp.float32), 1)
+  return grad_EBTD, -token_sum(grad_EBTD, 1)
 
 
 def _matrix_gram_backward(w_LEDK, cotangent_LEE):

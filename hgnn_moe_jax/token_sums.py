@@ -13,8 +13,8 @@ def on_tokens(
   """The same vector at every token; its gradient is a `token_sum`.
 
   Args:
-    vector: [..., D]; what comes before and after the tokens.
-    tokens: sizes of the tokens' axes.
+    vector: [..., D] float32, what comes before and after the tokens; so is its gradient.
+    tokens: sizes of the tokens' axes, one at least.
     own: how many of the vector's axes come before them, such as 1 for a vector per expert.
     dtype: of the result; the vector's if None.
 

@@ -107,14 +107,16 @@ def project_each(x_EBTD: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
 
 def gelu(x: jax.Array) -> jax.Array:
   """GELU by tanh (Hendrycks and Gimpel 2016), of which the backward pass keeps x only."""
-  return jax.checkpoint(jax.nn.gelu)(x) if jax.default_backend() == "cpu" else _gelu_of_gpu(x)
+  return (
+    jax.checkpoint(jax.nn.gelu)(x) if jax.default_backend() == "cpu" else _gelu_of_accelerator(x)
+  )
 
 
 _GELU = (8 / jnp.pi) ** 0.5, 0.044715
 
 
 @jax.custom_vjp
-def _gelu_of_gpu(x: jax.Array) -> jax.Array:
+def _gelu_of_accelerator(x: jax.Array) -> jax.Array:
   """Written as x / (1 + exp(-2 u)), which takes fewer instructions than a tanh."""
   x32, (c, a) = x.astype(jnp.float32), _GELU
   return (x32 / (1 + jnp.exp(-c * (x32 + a * x32**3)))).astype(x.dtype)
@@ -134,7 +136,7 @@ def _gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
   return (jax.lax.optimization_barrier(grad_x),)
 
 
-_gelu_of_gpu.defvjp(lambda x: (_gelu_of_gpu(x), x), _gelu_backward)
+_gelu_of_accelerator.defvjp(lambda x: (_gelu_of_accelerator(x), x), _gelu_backward)
 
 
 def scores(h_EBTD: jax.Array, kernel_DX: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
   """Scores one split with a saved checkpoint and appends the record to metrics.jsonl.
 
-  On all devices there are, if the run's experts and widths can be laid out over them, else on one.
+  On all devices there are, if the run's expert and model axes divide their number, else on one.
 
   Args:
     workdir: of a run that has saved at least once.

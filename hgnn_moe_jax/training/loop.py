@@ -49,7 +49,7 @@ class Pending(NamedTuple):
 
 
 class Clock:
-  """Training time without compilation, evaluation and saving; seconds."""
+  """Training time, without compilation, evaluation and the part of saving that waits; seconds."""
 
   def __init__(self, train_seconds: float):
     self.train_seconds = train_seconds
@@ -180,7 +180,7 @@ class Run:
   def _prepare(self) -> None:
     """Compiles training and evaluation beside one another, and draws a new run's parameters.
 
-    The time is compilation's, not training's.
+    All of its time counts as compilation.
     """
     a, started = self.assembly, time.perf_counter()
     examples = self.corpus.splits["train"].examples

@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import threading
+import time
 import zlib
 
 import jax
@@ -81,28 +82,58 @@ def test_training_goes_on_while_a_state_is_saved(backend, open_folder, assert_sa
   with monkeypatch.context() as patch:
     patch.setattr(jax, "default_backend", lambda: backend)
     writer.save(3, state, NOTE)
+  add_one = lambda tree: jax.tree.map(lambda leaf: leaf + jnp.ones((), leaf.dtype), tree)  # noqa: E731
   others = jax.jit(
-    lambda tree: jax.tree.map(lambda leaf: leaf + jnp.ones((), leaf.dtype), tree), donate_argnums=0
-  )({"params": state.params, "opt_state": state.opt_state})
+    lambda tree, key: (add_one(tree), jax.random.split(key)[0]), donate_argnums=(0, 1)
+  )((state.params, state.opt_state), state.key)
   jax.block_until_ready(others)
-  assert state.params["head"].is_deleted()
+  assert state.params["head"].is_deleted() and state.key.is_deleted()
   written.set()
   writer.wait()
   saved, _ = open_folder().restore(jax.eval_shape(lambda: make_state(0)), 3)
   assert_same(saved, make_state(3))
 
 
-def test_what_fails_in_the_background_is_told_at_the_next_call(open_folder, monkeypatch):
+def _full_disk(*args, **kwargs):
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_fails_in_our_thread_is_told_once(open_folder, monkeypatch):
   writer = open_folder()
-
-  def full(*args, **kwargs):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-  monkeypatch.setattr(writer._manager, "save", full)
+  monkeypatch.setattr(writer._manager, "save", _full_disk)
   writer.save(3, make_state(3), NOTE)
   with pytest.raises(UserError, match="No space left"):
     writer.wait()
-  writer.wait()  # Told once.
+  writer.wait()
+
+
+def test_what_fails_in_orbaxs_thread_is_told_once_and_costs_no_other_save(
+  open_folder, monkeypatch, tmp_path
+):
+  writer = open_folder(5)
+  with monkeypatch.context() as patch:
+    patch.setattr(writer._manager, "_finalize", _full_disk)
+    writer.save(1, make_state(1), NOTE)
+    writer._saving.result()
+    while writer._manager._finalize_thread.get_not_none().is_alive():
+      time.sleep(0.01)
+  writer.save(2, make_state(2), NOTE)
+  with pytest.raises(UserError, match="No space left"):
+    writer.save(3, make_state(3), NOTE)
+  writer.save(3, make_state(3), NOTE)
+  writer.wait()
+  assert saved_steps(tmp_path)[-2:] == [2, 3]
+
+
+def test_closing_tells_what_failed_and_closes(tmp_path, monkeypatch):
+  writer = Checkpointer(tmp_path, 2)
+  closed, close = [], writer._manager.close
+  monkeypatch.setattr(writer._manager, "close", lambda: closed.append(close()))
+  monkeypatch.setattr(writer._manager, "save", _full_disk)
+  writer.save(3, make_state(3), NOTE)
+  with pytest.raises(UserError, match="No space left"):
+    writer.close()
+  assert closed == [None]
 
 
 def test_the_newest_few_and_the_best_stay(open_folder, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -65,8 +66,8 @@ def config(tiny_config):
   return make
 
 
-def train_on(count, runs, evaluate=False):
-  """Trains, and scores, {workdir: config} in a process that has so many devices."""
+def train_on(count, runs, score=False):
+  """Trains {workdir: config or None}, scores it, in a process that has so many devices."""
   flags = os.environ.get("XLA_FLAGS", "")
   environment = {
     **os.environ,
@@ -74,7 +75,7 @@ def train_on(count, runs, evaluate=False):
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
   }
   lines = [
-    json.dumps({"config": c.to_dict(), "workdir": str(w), "evaluate": evaluate})
+    json.dumps({"config": c and c.to_dict(), "workdir": str(w), "score": score})
     for w, c in runs.items()
   ]
   done = subprocess.run(
@@ -112,18 +113,22 @@ def test_eight_devices_then_two(
   folders, config, tmp_path, read_metrics, assert_same_curve, rewound
 ):
   copy = rewound(folders["expert"], tmp_path / "two", 12)
-  train_on(2, {copy: config("graph", (1, 2, 1))}, evaluate=True)
-  *rows, again = read_metrics(copy)
-  assert_same_curve(rows, read_metrics(folders["graph"]))
-  (trained,) = [r for r in rows if r["kind"] == "eval" and r["step"] == again["step"]]
-  assert again["checkpoint"] == "last"
-  # A folder of two devices, scored on two and on this one.
-  alone = evaluate.evaluate_run(copy, "validation", "last")
-  assert trained["loss"] == pytest.approx(again["loss"], rel=1e-6)
-  assert again["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+  train_on(2, {copy: config("graph", (1, 2, 1))})
+  assert_same_curve(read_metrics(copy), read_metrics(folders["graph"]))
   # Its first eight steps are those of eight devices to the last bit.
   first = lambda folder: [r for r in read_metrics(folder) if r["step"] <= 8]  # noqa: E731
   assert first(copy) == first(folders["expert"])
+
+
+def test_three_devices_score_what_eight_have_trained(folders, tmp_path, read_metrics):
+  copy = tmp_path / "three"
+  shutil.copytree(folders["data"], copy)
+  train_on(3, {copy: None}, score=True)
+  found = read_metrics(copy)[-1]
+  assert found["checkpoint"] == "last"
+  alone = evaluate.evaluate_run(copy, "validation", "last")
+  assert found["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+  assert found["tokens"] == alone["tokens"]
 
 
 def test_eight_devices_then_one(
