@@ -1,6 +1,6 @@
 """Trains runs one after the other in this process: lines of JSON on stdin.
 
-A line is {"config", "workdir", "score"}: null for no training; whether to score the last checkpoint.
+A line has "config" (null: no training), "workdir", "score" (whether to score the last checkpoint).
 """
 
 import json
