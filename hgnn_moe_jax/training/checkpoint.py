@@ -210,8 +210,7 @@ def _copied(state: TrainState) -> TrainState:
       return jax.random.clone(leaf)
     if jax.default_backend() == "cpu":
       return np.array(leaf)  # np.asarray would look into the device's own buffer.
-    pinned = leaf.sharding.with_memory_kind("pinned_host")
-    return jax.device_put(leaf, pinned, may_alias=False)
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host"))
 
   return jax.tree.map(copy, state)
 
