@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hgnn_moe_jax import device, token_kernels
+from hgnn_moe_jax import device, token_kernels, token_sums
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.data.examples import place, stream_examples
 from hgnn_moe_jax.models import attention, head, language_model
@@ -79,6 +79,15 @@ def test_attention():
   with jax.default_matmul_precision("highest"):
     exact = jax.grad(total, (0, 1, 2))(*(x.astype(jnp.float32) for x in (q, k, v)))
   assert _distance(fused, exact) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_sums_over_tokens(dtype):
+  grad = _normal(0, (4, 32, 128, 256), dtype)
+  vector = jnp.zeros((4, 256))
+  _, pull = jax.vjp(lambda v: token_sums.on_tokens(v, (32, 128), 1, dtype), vector)
+  expected = np.asarray(grad.astype(jnp.float32), np.float64).sum((1, 2))
+  assert _distance(jax.jit(pull)(grad)[0], jnp.asarray(expected, jnp.float32)) < 1e-6
 
 
 @pytest.mark.parametrize("vocab_size", [V, 1024])
