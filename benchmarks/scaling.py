@@ -62,7 +62,7 @@ DEVICES = {
   "H100": Device(989e12, 8, 450e9, 50e9),
   "H200": Device(989e12, 8, 450e9, 50e9),
 }
-_UTILIZATION = 0.45  # assumed for several; `large` on one H200: 0.52
+_UTILIZATION = 0.45  # assumed for several; `large` on one H200: 0.53
 
 
 def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -> dict[str, Any]:

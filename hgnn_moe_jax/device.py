@@ -1,4 +1,4 @@
-"""What the first device of this process is; what runs on it is decided elsewhere."""
+"""What the first device of this process is, and what XLA is told because of it."""
 
 import os
 

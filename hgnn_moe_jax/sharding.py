@@ -8,6 +8,7 @@ those of one device but for rounding.
 Without a mesh, on one device, nothing here does anything.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -67,6 +68,11 @@ def evaluation_mesh(config: Config) -> Mesh | None:
 def _mesh(data: int, config: MeshConfig) -> Mesh:
   devices = np.asarray(jax.devices()).reshape(data, config.expert, config.model)
   return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def using(mesh: Mesh | None) -> AbstractContextManager[Any]:
+  """A context in which functions are traced and run on this mesh; without one, on one device."""
+  return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -21,8 +21,8 @@ def on_tokens(
   Returns:
     [vector.shape[:own], tokens, vector.shape[own:]].
   """
-  spread: Any = _on_tokens(vector, tokens, own, dtype)
-  return spread
+  repeated: Any = _on_tokens(vector, tokens, own, dtype)
+  return repeated
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

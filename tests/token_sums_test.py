@@ -14,22 +14,22 @@ def backend(request, monkeypatch):
   return request.param
 
 
-# Vector's shape, tokens, own, and where in the result's indices the tokens are.
-CASES = [
-  ((5,), (2, 3), 0, "BTD"),
-  ((4, 5), (2, 3), 1, "EBTD"),
-  ((5,), (4, 2, 3), 0, "EBTD"),
-  ((2, 3, 5), (4, 6), 0, "BTXYD"),
-  ((5,), (7,), 0, "TD"),
-]
-
-
-@pytest.mark.parametrize(("shape", "tokens", "own", "axes"), CASES)
-def test_every_token_gets_the_vector_and_gives_its_gradient(shape, tokens, own, axes, backend):
+# Of a norm, of an expert's bias, of a norm of experts' updates, of queries, keys and values.
+@pytest.mark.parametrize(
+  ("shape", "tokens", "own"),
+  [
+    ((5,), (2, 3), 0),
+    ((4, 5), (2, 3), 1),
+    ((5,), (4, 2, 3), 0),
+    ((2, 3, 5), (4, 6), 0),
+    ((5,), (7,), 0),
+  ],
+)
+def test_every_token_gets_the_vector_and_gives_its_gradient(shape, tokens, own, backend):
   rng = np.random.default_rng(0)
   vector = rng.standard_normal(shape).astype(np.float32)
   found, pull = jax.vjp(lambda v: token_sums.on_tokens(v, tokens, own), jnp.asarray(vector))
-  assert found.shape == (*shape[:own], *tokens, *shape[own:]) and len(axes) == found.ndim
+  assert found.shape == (*shape[:own], *tokens, *shape[own:])
   for place in np.ndindex(tokens):
     np.testing.assert_array_equal(found[(slice(None),) * own + place], vector)
   grad = rng.standard_normal(found.shape).astype(np.float32)

@@ -107,9 +107,9 @@ def project_each(x_EBTD: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
 
 def gelu(x: jax.Array) -> jax.Array:
   """GELU by tanh (Hendrycks and Gimpel 2016), of which the backward pass keeps x only."""
-  return (
-    jax.checkpoint(jax.nn.gelu)(x) if jax.default_backend() == "cpu" else _gelu_of_accelerator(x)
-  )
+  if jax.default_backend() == "cpu":
+    return jax.checkpoint(jax.nn.gelu)(x)
+  return _gelu_of_accelerator(x)
 
 
 _GELU = (8 / jnp.pi) ** 0.5, 0.044715

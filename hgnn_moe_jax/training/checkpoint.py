@@ -260,13 +260,14 @@ def checksums(state: TrainState, note: dict[str, Any]) -> dict[str, int]:
 def _checksum(array: jax.Array | np.ndarray) -> np.uint32:
   """The sum over the elements that lie here; of several equal copies the first one counts."""
   if isinstance(array, np.ndarray):
-    with np.errstate(over="ignore"):
-      return _weighted_sum(array, (slice(None),) * array.ndim, array.shape)
+    parts = [(array, (slice(None),) * array.ndim)]
+  else:
+    own = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    parts = [(np.asarray(shard.data), shard.index) for shard in own]
   total = np.uint32(0)
   with np.errstate(over="ignore"):
-    for shard in array.addressable_shards:
-      if shard.replica_id == 0:
-        total += _weighted_sum(np.asarray(shard.data), shard.index, array.shape)
+    for part, index in parts:
+      total += _weighted_sum(part, index, array.shape)
   return total
 
 

@@ -1,10 +1,7 @@
 """Scoring a finished or running run from its folder alone."""
 
 import pathlib
-from contextlib import nullcontext
 from typing import Any
-
-import jax
 
 from hgnn_moe_jax import sharding
 from hgnn_moe_jax.data.corpus import load_corpus
@@ -58,7 +55,7 @@ def evaluate_run(
   # Every part of the data axis takes as many rows; what a batch holds makes no difference.
   parts = 1 if mesh is None else mesh.shape["data"]
   batch_size = config.evaluation.batch_size or config.training.batch_size
-  with jax.set_mesh(mesh) if mesh is not None else nullcontext():
+  with sharding.using(mesh):
     evaluator = Evaluator(
       assembly.model,
       corpus.splits[split],

@@ -112,7 +112,7 @@ def train(config: Config, workdir: pathlib.Path, quiet: bool = False) -> dict[st
       f"{config.training.batch_size} x {config.model.max_length} tokens; compiling",
       quiet,
     )
-    with stop_requests() as stop, jax.set_mesh(mesh) if mesh is not None else nullcontext():
+    with stop_requests() as stop, sharding.using(mesh):
       run = Run(config, workdir, corpus, assembly, stop, quiet)
       try:
         return run.train()

@@ -67,7 +67,10 @@ def config(tiny_config):
 
 
 def train_on(count, runs, score=False):
-  """Trains {workdir: config or None}, scores it, in a process that has so many devices."""
+  """Trains {workdir: config} in a process that has so many devices, and scores if asked to.
+
+  A config of None is for a run that is finished.
+  """
   flags = os.environ.get("XLA_FLAGS", "")
   environment = {
     **os.environ,
