@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from hgnn_moe_jax import sharding
 from hgnn_moe_jax.config import Config, with_fields
@@ -125,6 +125,15 @@ def test_a_trained_model_takes_the_devices_there_are(count, fields, shape, devic
   devices(count)
   mesh = sharding.evaluation_mesh(config(**fields))
   assert (None if mesh is None else mesh.devices.shape) == shape
+
+
+def test_a_mesh_is_used_where_there_is_one():
+  with sharding.using(None):
+    assert not sharding.on_mesh()
+  one = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+  with sharding.using(one):
+    assert sharding.on_mesh()
+  assert not sharding.on_mesh()
 
 
 def test_processes_that_cut_a_part_of_the_data_in_two_are_refused(devices):
