@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -17,11 +18,27 @@ def command(module, *arguments):
   )
 
 
-def test_generation_counts_new_tokens_only(tiny_config):
+def test_generation_counts_new_tokens_only(tiny_config, monkeypatch):
+  """By a clock of its own: what a busy machine adds to two short times can be all there is."""
+  now, generate = [0.0], generation.generate
+
+  def read():
+    now[0] += 0.001
+    return now[0]
+
+  def generate_slowly(*arguments):
+    made = generate(*arguments)
+    now[0] += 5 + 0.25 * sum(len(g.tokens) for g in made)  # The prompt takes 5 seconds.
+    return made
+
+  monkeypatch.setattr(generation, "time", SimpleNamespace(perf_counter=read))
+  monkeypatch.setattr(generation, "generate", generate_slowly)
   config = with_fields(tiny_config(), {"model.max_length": 8})
   result = generation.measure(config, batch=2, rounds=2)
   assert (result["batch"], result["prompt_tokens"]) == (2, 4)
-  assert result["tokens_per_second"] > 0 and result["tokens_per_second_uncached"] > 0
+  assert result["tokens_per_second"] == pytest.approx(4)
+  assert result["first_token_seconds"] == pytest.approx(5.501)
+  assert result["tokens_per_second_uncached"] == pytest.approx(2 / 0.001)
   line = generation.table([{"shape": "tiny", "coupler": "graph", **result}]).splitlines()[-1]
   assert line.startswith("| tiny | graph | 2 |")
 
