@@ -32,7 +32,9 @@ def _naive_products(a_EBTD, b_EBTD):
 
 
 def _assert_close(one, other):
-  np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+  """To rounding of the largest entry: sums of large terms may be small."""
+  atol = 1e-5 * max(1.0, np.abs(other).max(initial=0.0))
+  np.testing.assert_allclose(one, other, rtol=1e-5, atol=atol)
 
 
 # Up to eight experts are written out, more are not.
@@ -54,14 +56,18 @@ def test_values_and_gradients(E):
   _assert_close(grad_a, _naive_mix(pairs, b))
   _assert_close(grad_b, _naive_mix(swapped, a))
 
-  centre = _normal(5, E, D)
-  centred = a - centre[:, None, None]
-  gram, pull = jax.vjp(token_products.gram, a, centre)
+  share = np.abs(_normal(5, B, T))
+  mean = np.einsum("EBTD,BT->ED", a, share)
+  centred = a - mean[:, None, None]
+  gram, pull = jax.vjp(token_products.gram, a, share)
   _assert_close(gram, _naive_products(centred, centred))
   np.testing.assert_array_equal(gram, np.swapaxes(gram, 0, 1))
-  grad_a, grad_centre = pull(jnp.asarray(pairs))
-  _assert_close(grad_a, _naive_mix(pairs + swapped, centred))
-  _assert_close(grad_centre, -np.asarray(grad_a).sum((1, 2)))
+  grad_a, grad_share = pull(jnp.asarray(pairs))
+  # The products' gradient, and by way of the mean each share of minus its sum over tokens.
+  direct = _naive_mix(pairs + swapped, centred)
+  total = direct.sum((1, 2))
+  _assert_close(grad_a, direct - share[None, :, :, None] * total[:, None, None])
+  _assert_close(grad_share, -np.einsum("EBTD,ED->BT", a, total))
 
 
 @pytest.mark.parametrize("E", [1, 3, 9])
@@ -91,17 +97,13 @@ def kernels(monkeypatch):
 def test_kernels_give_the_same(E, request):
   shape = (E, 2, 6, 64)
   operator, pairs = _normal(0, E, E, 2, 6), _normal(1, E, E, 2, 6)
-  a, b, vectors, centre = (
-    _normal(2, *shape),
-    _normal(3, *shape),
-    _normal(4, *shape),
-    _normal(5, E, 64),
-  )
+  a, b, vectors = _normal(2, *shape), _normal(3, *shape), _normal(4, *shape)
+  share = np.abs(_normal(5, 2, 6)) / 12
   matrix_pairs = _normal(6, 2, E, E)
   cases = (
     (token_products.mix, (operator, a), vectors),
     (token_products.products, (a, b), pairs),
-    (token_products.gram, (a, centre), pairs),
+    (token_products.gram, (a, share), pairs),
     (token_products.matrix_gram, (np.swapaxes(a, 0, 1),), matrix_pairs),
   )
   without = [jax.vjp(function, *arguments) for function, arguments, _ in cases]
@@ -120,10 +122,10 @@ def test_low_precision(E):
   operator, a = jnp.ones((E, E, B, T), jnp.bfloat16), jnp.ones((E, B, T, 300), jnp.bfloat16)
   mixed, pull = jax.vjp(token_products.mix, operator, a)
   assert [x.dtype for x in (mixed, *pull(mixed))] == [jnp.bfloat16] * 3
-  origin = jnp.zeros((E, 300))
+  nothing = jnp.zeros((B, T))
   for function, arguments in (
     (token_products.products, (a, a)),
-    (token_products.gram, (a, origin)),
+    (token_products.gram, (a, nothing)),
   ):
     sums, pull = jax.vjp(function, *arguments)
     assert sums.dtype == jnp.float32
@@ -133,14 +135,14 @@ def test_low_precision(E):
 
 @pytest.mark.parametrize("E", [3, 9])
 def test_no_product_of_matrices_rounds_its_operands(E):
-  gradient = jax.grad(lambda a: jnp.square(token_products.gram(a, jnp.zeros((E, D)))).sum())
+  gradient = jax.grad(lambda a: jnp.square(token_products.gram(a, jnp.ones((B, T)))).sum())
   text = str(jax.make_jaxpr(gradient)(jnp.ones((E, B, T, D))))
-  assert text.count("dot_general[") == text.count("HIGHEST") / 2 == (2 if E == 9 else 0)
+  assert text.count("dot_general[") == text.count("HIGHEST") / 2 > 0
 
 
 @pytest.mark.parametrize("E", [8, 9])
 def test_nothing_has_pairs_and_a_model_axis(E):
-  gradient = jax.grad(lambda a: jnp.square(token_products.gram(a, jnp.zeros((E, D)))).sum())
+  gradient = jax.grad(lambda a: jnp.square(token_products.gram(a, jnp.ones((B, T)))).sum())
   text = str(jax.make_jaxpr(gradient)(jnp.ones((E, B, T, D))))
   assert f"[{E},{E},{B},{T}]" in text
   assert f"[{E},{E},{B},{T},{D}]" not in text

@@ -12,12 +12,31 @@ from hgnn_moe_jax.token_sums import on_tokens
 _NORM_EPSILON = 1e-5
 
 
+@jax.custom_vjp
 def normalize(x: jax.Array) -> jax.Array:
-  """Layer normalisation over the last axis without gain and bias (Ba et al. 2016); float32."""
-  x = x.astype(jnp.float32)
-  centred = x - x.mean(-1, keepdims=True)
-  variance = jnp.square(centred).mean(-1, keepdims=True)
-  return centred * jax.lax.rsqrt(variance + _NORM_EPSILON)
+  """Layer normalisation over the last axis without gain and bias (Ba et al. 2016); float32.
+
+  The backward pass keeps the result, which the product that comes next keeps anyway.
+  """
+  return _normalize_forward(x)[0]
+
+
+def _normalize_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  centred = x.astype(jnp.float32)
+  centred = centred - centred.mean(-1, keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + _NORM_EPSILON)
+  normal = centred * inverse
+  return normal, (normal, inverse, jnp.zeros((), x.dtype))
+
+
+def _normalize_backward(kept: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array]:
+  normal, inverse, like = kept
+  along = (grad * normal).mean(-1, keepdims=True)
+  grad_x = inverse * (grad - grad.mean(-1, keepdims=True) - normal * along)
+  return (grad_x.astype(like.dtype),)
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 class LayerNorm(nn.Module):

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from hgnn_moe_jax import token_products
 from hgnn_moe_jax.orthogonality import gram
-from hgnn_moe_jax.token_sums import token_sum
 
 FORMS = ("cosine", "covariance")
 Form = str | Callable[[jax.Array, jax.Array], jax.Array]
@@ -70,9 +69,8 @@ def update_overlap(
     )
   weights_BT = weights_BT.astype(jnp.float32)
   shares_BT = weights_BT / jnp.maximum(jnp.sum(weights_BT), 1.0)
-  mean_ED = _mean_update(updates_EBTD, shares_BT)
   # Masked tokens stay in: every sum over tokens below is weighted, with 0 for them.
-  products_EEBT = token_products.gram(updates_EBTD, mean_ED)
+  products_EEBT = token_products.gram(updates_EBTD, shares_BT)
   each_E = jnp.arange(products_EEBT.shape[0])
   squared_norm_EBT = products_EEBT[each_E, each_E]
   inverse_EBT = gram.inverse_norm(squared_norm_EBT)
@@ -81,6 +79,7 @@ def update_overlap(
   if form == "cosine":
     overlap_EE = _token_mean(jnp.square(cosine_EEBT), shares_BT)
   else:
+    mean_ED = token_products.share_mean(updates_EBTD, shares_BT)
     centred_EBTD = updates_EBTD.astype(jnp.float32) - mean_ED[:, None, None, :]
     if callable(form):
       overlap_EE = form(centred_EBTD, shares_BT)
@@ -165,14 +164,6 @@ def _covariance_overlap(
   weighted_EBTD = unit_EBTD * shares_BT[None, :, :, None]
   covariance_EEDD = gram.contract("ebtd,fbtg->efdg", weighted_EBTD, unit_EBTD)
   return gram.normalize(jnp.sum(jnp.square(covariance_EEDD), axis=(-2, -1)))
-
-
-def _mean_update(updates_EBTD: jax.Array, shares_BT: jax.Array) -> jax.Array:
-  """Each expert's mean update, [E, D] float32."""
-  if jax.default_backend() == "cpu":
-    return gram.contract("ebtd,bt->ed", updates_EBTD.astype(jnp.float32), shares_BT)
-  # XLA would write the updates once more, in float32 and another order, to multiply them.
-  return token_sum(updates_EBTD.astype(jnp.float32) * shares_BT[None, :, :, None], 1)
 
 
 def _token_mean(values_EEBT: jax.Array, shares_BT: jax.Array) -> jax.Array:

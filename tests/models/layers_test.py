@@ -18,6 +18,26 @@ def test_normalize_by_hand():
   assert np.isfinite(jax.grad(lambda x: layers.normalize(x)[0])(jnp.ones(3))).all()
 
 
+def test_normalize_slopes(assert_slopes):
+  def naive(x):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+  x, factor = _normal(0, 2, 3, 5) + 1.0, _normal(1, 2, 3, 5)
+  gradient = jax.grad(lambda x: jnp.sum(factor * layers.normalize(x)))(jnp.asarray(x))
+  assert_slopes(lambda x: np.sum(factor * naive(x)), x, gradient)
+  assert (
+    jax.grad(lambda x: layers.normalize(x).sum())(jnp.ones(4, jnp.bfloat16)).dtype == jnp.bfloat16
+  )
+
+
+def test_normalize_keeps_its_result():
+  x = jnp.asarray(_normal(0, 4, 5))
+  normal, pull = jax.vjp(layers.normalize, x)
+  kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size == x.size]
+  assert len(kept) == 1
+  np.testing.assert_array_equal(kept[0], normal)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gelu_keeps_its_argument_only(backend, dtype, monkeypatch):
