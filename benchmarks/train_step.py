@@ -3,6 +3,7 @@
 python -m benchmarks.train_step --shape=small --coupler=graph --out=FILE
 python -m benchmarks.train_step --shape=small,original --coupler=graph,hypergraph
 python -m benchmarks.train_step --shape=sweep --sweep=model.num_experts=1,2,4,8,16,32,64
+python -m benchmarks.train_step --shape=small --sweep=model.selected_experts=0,1,2
 
 A measurement is the training loop's own compiled dispatch, on random tokens: data on the device,
 penalties, controller and optimizer included. Its rate is compared with that of one large matrix
@@ -14,6 +15,7 @@ backward pass multiplies twice as much. Recomputation and penalties are work, bu
 """
 
 import functools
+import math
 import pathlib
 import tempfile
 import time
@@ -80,8 +82,12 @@ def forward_flops(config: Config, vocab_size: int) -> int:
   """Operations of the matrix products of a forward pass over one batch, loss included.
 
   Traced in float32, where attention is written out and not a kernel that cannot be looked into.
+  Where a token has selected K of E experts, K / E of the feed-forward products count: empty places
+  are multiplied, too, but that is no work.
   """
-  model_config = with_fields(config, {"model.compute_dtype": "float32"}).model
+  m = config.model
+  traced = {"model.compute_dtype": "float32", "model.selected_experts": 0}
+  model_config = with_fields(config, traced).model
   model = language_model.build(model_config, vocab_size, measure=lambda updates, weights: ())
   params = jax.eval_shape(model.init, jax.random.key(0))
   shape = (config.training.batch_size, config.model.max_length)
@@ -91,7 +97,13 @@ def forward_flops(config: Config, vocab_size: int) -> int:
     x_BTD, _ = model.features(params, inputs_BT, weights_BT, None)
     return model.loss(params, x_BTD, targets_BT, weights_BT)
 
-  return matmul_flops(forward, params, ids, ids, ones)
+  flops = matmul_flops(forward, params, ids, ids, ones)
+  if m.selected_experts:
+    spared = 1 - m.selected_experts / m.num_experts
+    tokens_fed = m.num_layers * m.num_experts * math.prod(shape)
+    flops -= round(spared * tokens_fed * 4 * m.ffn_multiplier * m.embed_dim**2)
+    flops += 2 * m.embed_dim * tokens_fed  # the routers
+  return flops
 
 
 def peak_product() -> tuple[Callable[[], Any], int]:

@@ -39,6 +39,8 @@ class ModelConfig:
   num_heads: int = 4
   num_experts: int = 4  # 1 = the dense model: there is nobody to couple with
   ffn_multiplier: int = 4  # hidden width of an expert's feed-forward network, in units of D
+  selected_experts: int = 0  # K whose feed-forward networks read a token; 0: all of them
+  balance_strength: float = 0.01  # of the loss that spreads tokens over selected experts
   coupler: str = "graph"  # graph, hypergraph, or a control: mean, matrix, attention
   coupler_layers: int = 2
   hyperedges: str = "pairs"  # pairs, triplets, all (both), or a JSON list: [[0,1],[1,2,3]]

@@ -48,6 +48,8 @@ _RANGES = {
   "model.num_heads": (1, math.inf),
   "model.num_experts": (1, math.inf),
   "model.ffn_multiplier": (1, math.inf),
+  "model.selected_experts": (0, math.inf),
+  "model.balance_strength": (0.0, math.inf),
   "model.coupler_layers": (1, math.inf),
   "model.dropout": (0.0, 0.99),
   "model.max_length": (2, math.inf),
@@ -143,6 +145,12 @@ def _check_model(config: "Config") -> None:
   if m.embed_dim % m.num_heads:
     raise ConfigError(
       "model.num_heads", m.num_heads, f"use a divisor of model.embed_dim={m.embed_dim}"
+    )
+  if m.selected_experts > m.num_experts:
+    raise ConfigError(
+      "model.selected_experts",
+      m.selected_experts,
+      f"use at most model.num_experts={m.num_experts}, or 0 for all of them",
     )
   if m.positions == "rotary" and (m.embed_dim // m.num_heads) % 2:
     raise ConfigError(
@@ -243,3 +251,10 @@ def _check_mesh(config: "Config") -> None:
   ):
     if (whole := getattr(config.model, divided.removeprefix("model."))) % size:
       raise ConfigError(field, size, f"use a divisor of {divided}={whole}")
+    if size > 1 and config.model.selected_experts:
+      raise ConfigError(
+        field,
+        size,
+        "use 1: model.selected_experts sorts tokens on each device; mesh.data and "
+        "mesh.fsdp share the work",
+      )

@@ -27,6 +27,7 @@ class _Curve(NamedTuple):
     title, caption: on the page.
     needs: fields of the train records.
     of_experts: it says nothing about a model with one.
+    of_selected: it says nothing where every expert feeds every token forward.
   """
 
   draw: Callable[[RunData, pathlib.Path], None]
@@ -34,6 +35,7 @@ class _Curve(NamedTuple):
   caption: str
   needs: tuple[str, ...]
   of_experts: bool = True
+  of_selected: bool = False
 
 
 _CURVES = [
@@ -83,6 +85,13 @@ _CURVES = [
     "Each expert's share in the pooled update; dashed: equal shares.",
     ("gate_load",),
   ),
+  _Curve(
+    curves.loads,
+    "Feed-forward load",
+    "Each expert's share of the tokens that selected experts feed forward; dashed: equal shares.",
+    ("ffn_load",),
+    of_selected=True,
+  ),
 ]
 
 
@@ -97,6 +106,8 @@ def analyze(run: RunData, output: pathlib.Path, baseline: RunData | None) -> Rep
   figures, left_out = [], run.oddities()
   for curve in _CURVES:
     if curve.of_experts and not several:
+      continue
+    if curve.of_selected and not run.config.model.selected_experts:
       continue
     if reason := run.lacks(*curve.needs):
       left_out.append(f"{curve.title}: {reason}")

@@ -209,7 +209,16 @@ def throughput(run: RunData, path: pathlib.Path) -> None:
 
 def gates(run: RunData, path: pathlib.Path) -> None:
   """Each expert's mean share in the pooled update, a panel per layer."""
-  load = run.train["gate_load"]
+  _shares(run, path, "gate_load", "share in the pooled update")
+
+
+def loads(run: RunData, path: pathlib.Path) -> None:
+  """Each expert's share of the tokens that are fed forward, a panel per layer."""
+  _shares(run, path, "ffn_load", "share of the tokens fed forward")
+
+
+def _shares(run: RunData, path: pathlib.Path, field: str, label: str) -> None:
+  load = run.train[field]
   layers, experts = load.shape[1:]
   top = min(1.0, 2.5 * float(np.max(load, initial=1.0 / experts, where=np.isfinite(load))))
   with layer_panels(1, layers, path, 4.5, 4.2, sharey=True) as (figure, axes_KL):
@@ -220,5 +229,5 @@ def gates(run: RunData, path: pathlib.Path) -> None:
       panel.set_title(f"layer {layer}")
       panel.set_ylim(0.0, top)
       step_axis(panel)
-    figure.supylabel("share in the pooled update", size=12)
+    figure.supylabel(label, size=12)
     legend(figure, axes_KL)

@@ -19,7 +19,7 @@ from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.coupling import Coupler
 from hgnn_moe_jax.models.expert import ExpertBlocks, matrices
 from hgnn_moe_jax.models.layers import LayerNorm, Named, dropout, fan_in_normal, named
-from hgnn_moe_jax.models.routing import Pool
+from hgnn_moe_jax.models.routing import Pool, Router
 from hgnn_moe_jax.sharding import constrain, data_shards, on_mesh
 
 Params = dict[str, Any]
@@ -33,6 +33,8 @@ class Aux(NamedTuple):
   measured: Any  # the measure's result on the experts' updates
   gate_load_LE: jax.Array  # [L, E] float32: an expert's mean share in the pooled update
   gate_entropy_L: jax.Array  # [L] float32: mean entropy of a token's gate, nats
+  ffn_load_LE: jax.Array  # [L, E] float32: an expert's share of the tokens fed forward
+  balance_L: jax.Array  # [L] float32: `Route.balance`; 1 where every expert feeds every token
 
 
 # One per layer, [B, E N, S, H] each: stacked, XLA would copy every layer's out and back in for each
@@ -92,8 +94,11 @@ class CoupledLayer(nn.Module):
   ) -> tuple[jax.Array, Any]:
     """x_BTD and Aux; with a cache, x_BTD and (the cache with these tokens, the experts' shares)."""
     keys = None if key is None else tuple(jax.random.split(key))
+    route, E = None, self.config.num_experts
+    if self.config.selected_experts:
+      route = Router(self.config, name="router")(x_BTD, weights_BT)
     experts = ExpertBlocks(self.config, self.dtype, name="experts")
-    updates_EBTD, cache = experts(x_BTD, position_BT, keys, cache)
+    updates_EBTD, cache = experts(x_BTD, position_BT, keys, cache, route)
     coupled_EBTD = Coupler(self.config, self.dtype, name="coupler")(updates_EBTD)
     z_BTD, gate_BTE = Pool(self.config, name="pool")(coupled_EBTD, x_BTD)
     if cache is not None:
@@ -106,6 +111,8 @@ class CoupledLayer(nn.Module):
       measured=measured,
       gate_load_LE=jnp.einsum("BTE,BT->E", gate_BTE, weights_BT) / total,
       gate_entropy_L=jnp.sum(entropy_BT * weights_BT) / total,
+      ffn_load_LE=jnp.full(E, 1 / E, jnp.float32) if route is None else route.load_E,
+      balance_L=jnp.ones((), jnp.float32) if route is None else route.balance,
     )
     return x_BTD + z_BTD, aux
 

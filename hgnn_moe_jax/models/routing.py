@@ -1,11 +1,56 @@
-"""Pooling over experts: one update per token out of E."""
+"""Which experts a token goes to, and one update per token out of theirs."""
+
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from hgnn_moe_jax.config import ModelConfig
-from hgnn_moe_jax.models.layers import LayerNorm, expert_mean, named
+from hgnn_moe_jax.models.layers import LayerNorm, expert_mean, fan_in_normal, named, normalize
+
+
+class Route(NamedTuple):
+  """The experts whose feed-forward networks read each token.
+
+  Attributes:
+    chosen_BTE: bool, K of E for every token.
+    factor_BTE: float32, what the chosen ones' results are multiplied with, and 0 for all others.
+    load_E: float32, each expert's share of the valid tokens' choices.
+    balance: float32 scalar, `E sum_e load_e p_e` with p_e the mean probability of e (Fedus et al.
+      2021, arXiv 2101.03961, equation 4): 1 if even, E / K if all choose the same.
+  """
+
+  chosen_BTE: jax.Array
+  factor_BTE: jax.Array
+  load_E: jax.Array
+  balance: jax.Array
+
+
+class Router(nn.Module):
+  """x_BTD -> Route: the K experts of the highest probability p = softmax(normalize(x) W).
+
+  A chosen expert's result counts E p times, so that the mean over experts is the sum of p_e f_e of
+  Fedus et al. (2021), and an untrained router's factors are about 1. Float32 throughout: rounding
+  must not decide who is chosen.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, weights_BT: jax.Array) -> Route:
+    c = self.config
+    E, D = c.num_experts, c.embed_dim
+    kernel_DE = self.param("router_kernel", named(fan_in_normal(D), "embed", None), (D, E))
+    logits_BTE = jnp.matmul(normalize(x_BTD), kernel_DE, precision=jax.lax.Precision.HIGHEST)
+    probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    _, best_BTK = jax.lax.top_k(logits_BTE, c.selected_experts)
+    chosen_BTE = (best_BTK[..., None] == jnp.arange(E)[None, None, None]).any(2)
+    share_BT = weights_BT / jnp.maximum(weights_BT.sum(), 1.0)
+    load_E = jnp.einsum("BTE,BT->E", chosen_BTE.astype(jnp.float32), share_BT) / c.selected_experts
+    mean_E = jnp.einsum("BTE,BT->E", probability_BTE, share_BT)
+    factor_BTE = jnp.where(chosen_BTE, E * probability_BTE, 0.0)
+    return Route(chosen_BTE, factor_BTE, load_E, E * jnp.dot(load_E, mean_E))
 
 
 class Pool(nn.Module):

@@ -5,6 +5,7 @@ import sys
 import time
 from typing import Any, Protocol
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,7 +28,10 @@ def describe(fields: dict[str, Any]) -> str:
   strength = [
     w + o for w, o in zip(fields["weight_strength"], fields["output_strength"], strict=True)
   ]
-  orthogonality = fields["loss"] - fields["lm_loss"]
+  orthogonality = sum(
+    float(np.dot(fields[f"{kind}_strength"], fields[f"{kind}_penalty"]))
+    for kind in ("weight", "output")
+  )
   return (
     f"total={fields['loss']:.3f} lm={fields['lm_loss']:.3f} orth={orthogonality:.4f} "
     f"adapt=[{','.join(f'{s:.3g}' for s in strength)}] spec={fields['specialization_mean']:.3f} "

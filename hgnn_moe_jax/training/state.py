@@ -43,6 +43,8 @@ class StepRecord(NamedTuple):
   converged: jax.Array  # [L] bool
   gate_load: jax.Array  # [L, E]
   gate_entropy: jax.Array  # [L]
+  ffn_load: jax.Array  # [L, E]
+  balance: jax.Array  # [L]
   grad_norm: jax.Array
   learning_rate: jax.Array
   tokens: jax.Array  # scored targets

@@ -30,6 +30,8 @@ class DataTerm(NamedTuple):
   effective_experts_L: jax.Array
   gate_load_LE: jax.Array
   gate_entropy_L: jax.Array
+  ffn_load_LE: jax.Array
+  balance_L: jax.Array
 
 
 class WeightTerm(NamedTuple):
@@ -78,12 +80,14 @@ def make_train_step(
   """train_step(state, batch) -> (state, StepRecord), pure and jittable.
 
   loss = cross-entropy per scored token + sum over layers of weight strength x weight penalty
-  + sum over layers of output strength x output penalty; each strength acts once. The strengths
-  come from the control state before the step, and what the step measures goes into the state
+  + sum over layers of output strength x output penalty, and where tokens select experts balance
+  strength x sum over layers of balance; each strength acts once. The controller's strengths come
+  from the control state before the step, and what the step measures goes into the state
   after it.
   """
   o, rounds = config.orthogonality, config.training.accumulation
   penalise_weights, penalise_outputs = config.penalties()
+  balance_strength = config.model.balance_strength if config.model.selected_experts else 0.0
   weight_form = extensions.resolve("orthogonality.weight_form", o.weight_form)
   output_form = extensions.resolve("orthogonality.output_form", o.output_form)
 
@@ -102,10 +106,14 @@ def make_train_step(
       effective_experts_L=gram.effective_experts(overlap.cosine_EE) / rounds,
       gate_load_LE=aux.gate_load_LE / rounds,
       gate_entropy_L=aux.gate_entropy_L / rounds,
+      ffn_load_LE=aux.ffn_load_LE / rounds,
+      balance_L=aux.balance_L / rounds,
     )
     loss = term.lm_loss
     if penalise_outputs:
       loss = loss + jnp.sum(strengths.output_L * term.output_penalty_L)
+    if balance_strength:
+      loss = loss + balance_strength * jnp.sum(term.balance_L)
     return loss, term
 
   @jax.named_scope("orthogonality")
@@ -163,7 +171,8 @@ def make_train_step(
     record = StepRecord(
       loss=data.lm_loss
       + jnp.sum(strengths.weight_L * weight.penalty_L)
-      + jnp.sum(strengths.output_L * data.output_penalty_L),
+      + jnp.sum(strengths.output_L * data.output_penalty_L)
+      + balance_strength * jnp.sum(data.balance_L),
       lm_loss=data.lm_loss,
       weight_penalty=weight.penalty_L,
       output_penalty=data.output_penalty_L,
@@ -179,6 +188,8 @@ def make_train_step(
       converged=flags.converged_L,
       gate_load=data.gate_load_LE,
       gate_entropy=data.gate_entropy_L,
+      ffn_load=data.ffn_load_LE,
+      balance=data.balance_L,
       grad_norm=optax.tree.norm(grads),
       learning_rate=jnp.asarray(learning_rate(state.step), jnp.float32),
       tokens=batch.weights_BT.sum(),

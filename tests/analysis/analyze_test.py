@@ -37,21 +37,21 @@ def test_a_report_of_a_run(finished_run, read_page, drawn):
 
 
 @pytest.mark.parametrize(
-  ("changes", "missing"),
+  ("changes", "other"),
   [
     ({"model.num_experts": 1, "orthogonality.weight_strength": 0.0,
       "orthogonality.output_strength": 0.0}, FIGURES - {"loss", "throughput"}),
-    ({"model.coupler": "mean"}, {"couplings"}),
+    ({"model.coupler": "mean", "model.selected_experts": 1}, {"couplings", "loads"}),
     ({"model.coupler": "attention"}, {"couplings"}),
     ({"model.coupler": "hypergraph", "model.hyperedges": "all"}, set()),
   ],
-  ids=["one expert", "mean", "attention", "hypergraph"],
+  ids=["one expert", "sparse mean", "attention", "hypergraph"],
 )  # fmt: skip
-def test_every_kind_of_model_has_its_figures(train, changes, missing, drawn):
+def test_every_kind_of_model_has_its_figures(train, changes, other, drawn):
   folder = train("run", **changes)
   analysis.analyze_adaptive_orthogonality(folder)
   drawn = {path.stem for path in (folder / "analysis").glob("*.png")}
-  assert drawn == FIGURES - missing
+  assert drawn == FIGURES ^ other
 
 
 def test_the_same_run_gives_the_same_figures(finished_run, tmp_path, drawn):

@@ -57,6 +57,11 @@ def test_the_forward_pass_by_hand():
   head = tokens * D * V
   wanted = 2 * (L * (per_layer + folded) + gates + head)
   assert train_step.forward_flops(config, V) == wanted
+  # A token that has selected one expert of E passes one feed-forward network, and the router.
+  sparse = with_fields(config, {"model.selected_experts": 1})
+  fed, routers = 2 * 4 * D * D, D * E
+  wanted += 2 * L * tokens * (routers - (E - 1) * fed)
+  assert train_step.forward_flops(sparse, V) == wanted
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def _relabel(params: Any, order: Sequence[int], edges: Sequence[Sequence[int]]) 
       return leaf[..., order[:, None], order[None, :]]
     if keys[-1] == "hyperedge_weight":
       return leaf[..., source] if source else leaf
-    if "pool" in keys and keys[-1] == "gate_kernel":
+    if ("pool" in keys and keys[-1] == "gate_kernel") or keys[-1] == "router_kernel":
       return leaf[..., order]
     return leaf[:, order] if "experts" in keys else leaf
 

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.flops import matmul_flops
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import expert, language_model
+from hgnn_moe_jax.models.routing import Route
 
 B, T, V = 2, 4, 11
 
@@ -114,6 +116,60 @@ def test_one_expert_is_the_same_program_under_every_coupler_and_pooling():
       shapes = jax.eval_shape(model.init, jax.random.key(0))
       programs.add(str(jax.make_jaxpr(model.logits)(shapes, inputs_BT)))
   assert len(programs) == 1
+
+
+def _naive_feed(network, hidden_EBTD, factor_EBT):
+  """Every expert on every token, then the factors, most of them 0; float64."""
+  inner = np.einsum("EBTD,EDF->EBTF", hidden_EBTD, network.in_EDF)
+  inner = _gelu(inner + network.in_bias_EF[:, None, None])
+  outer = np.einsum("EBTF,EFD->EBTD", inner, network.out_EFD)
+  return (outer + network.out_bias_ED[:, None, None]) * factor_EBT[..., None]
+
+
+# Odd sizes, an expert that nobody chooses, and blocks that are not full.
+@pytest.mark.parametrize(
+  ("E", "rows", "tokens", "selected"), [(3, 2, 7, 1), (5, 3, 11, 2), (4, 2, 40, 4)]
+)
+def test_feeding_the_chosen_is_feeding_all_and_masking(E, rows, tokens, selected, assert_slopes):
+  D, F = 6, 10
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+  network = expert.FeedForward(normal(E, D, F), normal(E, F), normal(E, F, D), normal(E, D))
+  hidden, cotangent = normal(E, rows, tokens, D), normal(E, rows, tokens, D)
+  scores = normal(rows, tokens, E) - (100.0 if selected < E else 0.0) * (np.arange(E) == 1)
+  chosen = np.argsort(np.argsort(-scores, -1), -1) < selected
+  factor = np.where(chosen, np.exp(scores), 0).astype(np.float32)
+
+  def feed(arguments):
+    network, hidden, factor = arguments
+    route = Route(jnp.asarray(chosen), factor, jnp.zeros(E), jnp.zeros(()))
+    return expert._feed_chosen(network, hidden, route, selected)
+
+  def twin(arguments):
+    network, hidden, factor = arguments
+    return np.sum(cotangent * _naive_feed(network, hidden, np.moveaxis(factor * chosen, -1, 0)))
+
+  arguments = (network, hidden, factor)
+  fed, pull = jax.vjp(feed, jax.tree.map(jnp.asarray, arguments))
+  np.testing.assert_allclose(
+    fed, _naive_feed(network, hidden, np.moveaxis(factor, -1, 0)), rtol=1e-4, atol=1e-4
+  )
+  (gradients,) = pull(jnp.asarray(cotangent))
+  assert (np.asarray(gradients[0].in_EDF)[1] == 0).all() == (selected < E)
+  assert_slopes(twin, arguments, gradients)
+
+
+def test_a_sparse_step_multiplies_less():
+  config = _config(4, selected_experts=1, coupler="mean")
+  dense, sparse = _build(_config(4, coupler="mean")), _build(config)
+  inputs = jax.ShapeDtypeStruct((8, 6), jnp.int32)
+  flops = [
+    matmul_flops(m.logits, jax.eval_shape(m.init, jax.random.key(0)), inputs)
+    for m in (dense, sparse)
+  ]
+  D, F, tokens, layers = 8, 16, 48, 2
+  fed = 2 * 2 * D * F * layers  # per token and expert
+  assert flops[0] - flops[1] > (4 - 1 - 0.75) * tokens * fed
 
 
 def _experts(D, F, N):

@@ -15,7 +15,7 @@ from hgnn_moe_jax.training import evaluate, loop
 _SCRIPT = pathlib.Path(__file__).parent / "train_here.py"
 
 # Everything that could depend on the layout: dropout, couplers, penalties, controller, optimizers,
-# averages, rounds of accumulation. Two models, so that each has to get along with the other's.
+# averages, rounds of accumulation. Several models, so that each has to get along with the others'.
 MODELS = {
   "graph": {
     "model.coupler": "graph",
@@ -33,6 +33,7 @@ MODELS = {
     "training.optimizer": "muon",
     "training.accumulation": 2,
   },
+  "sparse": {"model.coupler": "graph", "model.selected_experts": 2},
 }
 # Name -> (model, data x expert x model, fsdp, placement).
 MESHES = {
@@ -40,6 +41,7 @@ MESHES = {
   "fsdp": ("graph", (8, 1, 1), True, "device"),
   "expert": ("graph", (2, 4, 1), False, "device"),
   "tensor": ("graph", (4, 1, 2), False, "device"),
+  "sparse": ("sparse", (8, 1, 1), True, "device"),
   "all at once": ("hypergraph", (2, 2, 2), True, "host"),
 }
 
@@ -95,19 +97,19 @@ def train_on(count, runs, score=False):
 
 @pytest.fixture(scope="module")
 def folders(config, tmp_path_factory, _factories):
-  """{name: run folder} of every mesh, and of both models on one device."""
+  """{name: run folder} of every mesh, and of every model on one device."""
   root = tmp_path_factory.mktemp("meshes")
   with jax.numpy_dtype_promotion("standard"):
     for model in MODELS:
-      loop.train(config(model), root / model, quiet=True)
+      loop.train(config(model), root / f"one {model}", quiet=True)
   train_on(8, {root / name: config(*mesh) for name, mesh in MESHES.items()})
-  return {name: root / name for name in [*MODELS, *MESHES]}
+  return {name: root / name for name in [*(f"one {model}" for model in MODELS), *MESHES]}
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_gives_the_loss_curve_of_one_device(name, folders, read_metrics, assert_same_curve):
   model = MESHES[name][0]
-  assert_same_curve(read_metrics(folders[name]), read_metrics(folders[model]))
+  assert_same_curve(read_metrics(folders[name]), read_metrics(folders[f"one {model}"]))
   device = json.loads((folders[name] / "config.json").read_text())["device"]
   assert device["count"] == 8
 
@@ -117,7 +119,7 @@ def test_eight_devices_then_two(
 ):
   copy = rewound(folders["expert"], tmp_path / "two", 12)
   train_on(2, {copy: config("graph", (1, 2, 1))})
-  assert_same_curve(read_metrics(copy), read_metrics(folders["graph"]))
+  assert_same_curve(read_metrics(copy), read_metrics(folders["one graph"]))
   # Its first eight steps are those of eight devices to the last bit.
   first = lambda folder: [r for r in read_metrics(folder) if r["step"] <= 8]  # noqa: E731
   assert first(copy) == first(folders["expert"])
@@ -139,4 +141,4 @@ def test_eight_devices_then_one(
 ):
   copy = rewound(folders["fsdp"], tmp_path / "one", 12)
   loop.train(config("graph"), copy, quiet=True)
-  assert_same_curve(read_metrics(copy), read_metrics(folders["graph"]))
+  assert_same_curve(read_metrics(copy), read_metrics(folders["one graph"]))

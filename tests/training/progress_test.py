@@ -13,6 +13,8 @@ FIELDS = {
   "lm_loss": 5.4,
   "weight_strength": np.asarray([0.1, 0.05], np.float32),
   "output_strength": np.asarray([0.0, 0.2], np.float32),
+  "weight_penalty": np.asarray([0.121, 0.4], np.float32),
+  "output_penalty": np.asarray([0.9, 0.0], np.float32),
   "specialization_mean": 0.9637,
   "emergency": np.asarray([False, True]),
   "grad_norm": 1.234,
@@ -82,7 +84,7 @@ def test_tensorboard_gets_every_number(tiny_config, tmp_path):
   assert written["train/loss"] == (5.4321, 7)
   assert written["train/output_strength/layer_1"] == (pytest.approx(0.2), 7)
   assert written["train/emergency/layer_1"] == (1.0, 7)
-  assert len(written) == 6 + 3 * 2  # scalars, and two layers of three arrays
+  assert len(written) == 6 + 5 * 2  # scalars, and two layers of three arrays
   assert any(f.name.startswith("events.out") for f in (tmp_path / "tensorboard").iterdir())
 
 

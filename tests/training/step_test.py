@@ -92,6 +92,8 @@ def test_loss_is_the_sum_of_its_terms_once(plain_step):
       "orthogonality.weight_strength": 3.0,
       "orthogonality.output_strength": 2.0,
       "orthogonality.warmup_steps": 4,
+      "model.selected_experts": 1,
+      "model.balance_strength": 5.0,
     }
   )
   batch = batch_of(8, lengths=[16, 16, 5, 1, 16, 9, 16, 2])
@@ -99,24 +101,31 @@ def test_loss_is_the_sum_of_its_terms_once(plain_step):
   # Half of the warm-up is over, so the strengths are 1.5 and 1.
   halfway = pieces.state._replace(control=pieces.state.control._replace(count=jnp.int32(2)))
 
-  def naive(params):
+  def naive(params, share):
     lm_loss, weight_L, output_L = naive_terms(model, params, batch)
-    return lm_loss + 1.5 * weight_L.sum() + 1.0 * output_L.sum(), (lm_loss, weight_L, output_L)
+    _, aux = model.features(params, batch.inputs_BT, batch.weights_BT, None)
+    penalties = share * (3.0 * weight_L.sum() + 2.0 * output_L.sum())
+    total = lm_loss + penalties + 5.0 * aux.balance_L.sum()
+    return total, (lm_loss, weight_L, output_L, aux.balance_L)
 
-  (loss, terms), gradient = jax.jit(jax.value_and_grad(naive, has_aux=True))(halfway.params)
+  wanted_gradient = jax.jit(jax.value_and_grad(naive, has_aux=True))
+  (loss, terms), gradient = wanted_gradient(halfway.params, 0.5)
   _, record = pieces.step(halfway, batch)
   np.testing.assert_allclose(record.loss, loss, rtol=1e-5)
   for got, wanted in zip(
-    (record.lm_loss, record.weight_penalty, record.output_penalty), terms, strict=True
+    (record.lm_loss, record.weight_penalty, record.output_penalty, record.balance),
+    terms,
+    strict=True,
   ):
     np.testing.assert_allclose(got, wanted, rtol=2e-5)
   np.testing.assert_allclose(record.weight_strength, [1.5, 1.5])
   np.testing.assert_allclose(record.output_strength, [1.0, 1.0])
+  np.testing.assert_allclose(record.ffn_load.sum(1), [1.0, 1.0], rtol=1e-5)
   assert float(record.tokens) == 81
   assert_close(gradient_of(pieces, halfway, batch), gradient, 2e-5)
   np.testing.assert_allclose(record.grad_norm, optax.tree.norm(gradient), rtol=1e-5)
-  # At step 0 the warm-up has not begun: the gradient is that of the cross-entropy alone.
-  plain = jax.jit(jax.grad(lambda p: naive_terms(model, p, batch)[0]))(pieces.state.params)
+  # At step 0 the penalties' warm-up has not begun; balance has none.
+  _, plain = wanted_gradient(pieces.state.params, 0.0)
   assert_close(gradient_of(pieces, pieces.state, batch), plain, 2e-5)
 
 
