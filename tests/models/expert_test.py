@@ -159,6 +159,25 @@ def test_feeding_the_chosen_is_feeding_all_and_masking(E, rows, tokens, selected
   assert_slopes(twin, arguments, gradients)
 
 
+def test_gradients_of_the_chosen_are_summed_in_float32():
+  """A sum of ones in bfloat16 ends at 256; here there are 1,500, in several blocks."""
+  E, D, F, tokens = 2, 4, 4, 1500
+  network = expert.FeedForward(
+    *(jnp.zeros(shape) for shape in ((E, D, F), (E, F), (E, F, D), (E, D)))
+  )
+  first_BTE = jnp.broadcast_to(jnp.arange(E) == 0, (1, tokens, E))
+  route = Route(first_BTE, first_BTE.astype(jnp.float32), jnp.zeros(E), jnp.zeros(()))
+
+  def fed(network):
+    hidden = jnp.ones((E, 1, tokens, D), jnp.bfloat16)
+    return expert._feed_chosen(network, hidden, route, 1).astype(jnp.float32).sum()
+
+  # GELU(1) is 0.8412, 0.84 in bfloat16.
+  gradient = jax.grad(fed)(network._replace(in_bias_EF=jnp.ones((E, F))))
+  np.testing.assert_array_equal(gradient.out_bias_ED, [[tokens] * D, [0] * D])
+  np.testing.assert_allclose(gradient.out_EFD[0], np.full((F, D), 0.8412 * tokens), rtol=0.005)
+
+
 def test_a_sparse_step_multiplies_less():
   config = _config(4, selected_experts=1, coupler="mean")
   dense, sparse = _build(_config(4, coupler="mean")), _build(config)
