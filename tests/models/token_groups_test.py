@@ -17,7 +17,7 @@ def _chosen(E, N, K, seed, skew=0.0):
   return (rank_NE < K).T
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
   st.integers(1, 6).flatmap(lambda E: st.tuples(st.just(E), st.integers(1, E))),
   st.integers(1, 80),
