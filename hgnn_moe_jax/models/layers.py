@@ -26,6 +26,7 @@ def _normalize_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   centred = centred - centred.mean(-1, keepdims=True)
   inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + _NORM_EPSILON)
   normal = centred * inverse
+  # The zero tells the gradient's dtype: what is kept has to be arrays.
   return normal, (normal, inverse, jnp.zeros((), x.dtype))
 
 

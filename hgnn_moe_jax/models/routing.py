@@ -18,7 +18,7 @@ class Route(NamedTuple):
     factor_BTE: float32, what the chosen ones' results are multiplied with, and 0 for all others.
     load_E: float32, each expert's share of the valid tokens' choices.
     balance: float32 scalar, `E sum_e load_e p_e` with p_e the mean probability of e (Fedus et al.
-      2021, arXiv 2101.03961, equation 4): 1 if even, E / K if all choose the same.
+      2021, arXiv 2101.03961, equation 4): 1 if even, up to E / K if all choose the same.
   """
 
   chosen_BTE: jax.Array
