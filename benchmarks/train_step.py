@@ -3,7 +3,7 @@
 python -m benchmarks.train_step --shape=small --coupler=graph --out=FILE
 python -m benchmarks.train_step --shape=small,original --coupler=graph,hypergraph
 python -m benchmarks.train_step --shape=sweep --sweep=model.num_experts=1,2,4,8,16,32,64
-python -m benchmarks.train_step --shape=small --sweep=model.selected_experts=0,1,2
+python -m benchmarks.train_step --shape=small --sweep=model.selected_experts=0,1,2 --in_turn
 
 A measurement is the training loop's own compiled dispatch, on random tokens: data on the device,
 penalties, controller and optimizer included. Its rate is compared with that of one large matrix
@@ -14,12 +14,13 @@ three times the forward pass's matrix products (of the model alone) per step, as
 backward pass multiplies twice as much. Recomputation and penalties are work, but count as none.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -157,39 +158,79 @@ def dispatch_of(config: Config, vocab_size: int) -> tuple[Any, Any, Feed]:
   return make_dispatch(step, K, T, 0), state, Feed(examples, rows_KB, None)
 
 
-def measure(config: Config, vocab_size: int, rounds: int, cached: bool = True) -> dict[str, Any]:
-  """One measurement; times are medians over rounds, ratios medians of the ratios in a round."""
-  tokens, K = (
-    config.training.batch_size * config.model.max_length,
-    config.training.steps_per_dispatch,
-  )
+@dataclasses.dataclass
+class Cell:
+  """A compiled dispatch that is measured: its state moves on, its timings add up."""
+
+  config: Config
+  vocab_size: int
+  compiled: Any
+  state: Any
+  feed: Feed
+  compilation: list[float]
+  seconds: list[float] = dataclasses.field(default_factory=list)
+  peaks: list[float] = dataclasses.field(default_factory=list)
+
+
+def prepare(config: Config, vocab_size: int, cached: bool) -> Cell:
+  """Compiles, and takes the step that is not timed."""
   dispatch, state, feed = dispatch_of(config, vocab_size)
   compiled, compilation = compile_seconds(lambda: dispatch.lower(state, feed, as_count(1)), cached)
-  product, product_flops = peak_product()
-  jax.block_until_ready(product())
   state, _ = compiled(state, feed, as_count(1))
   jax.block_until_ready(state)
-  seconds, peaks = [], []
-  for _ in range(rounds):
-    peaks.append(product_flops / min(timed(product) for _ in range(3)))
-    started = time.perf_counter()
-    state, records = compiled(state, feed, as_count(K))
-    jax.block_until_ready((state, records))
-    seconds.append((time.perf_counter() - started) / K)
-  step_flops = 3 * forward_flops(config, vocab_size)
-  middle = float(np.median(seconds))
-  return {
+  return Cell(config, vocab_size, compiled, state, feed, compilation)
+
+
+def measure(
+  configs: Sequence[Config], vocab_size: int, rounds: int, cached: bool = True
+) -> list[dict[str, Any]]:
+  """A measurement of each config; times are medians over rounds, ratios medians of a round's.
+
+  All are timed in every round, so that what else the machine does hits all of them, and compared
+  with the first.
+
+  Args:
+    configs: all are in memory at once.
+    vocab_size: V.
+    rounds: timed dispatches of each.
+    cached: compile again, with the persistent cache.
+  """
+  cells = [prepare(config, vocab_size, cached) for config in configs]
+  product, product_flops = peak_product()
+  jax.block_until_ready(product())
+  for turn in range(rounds):
+    start = turn % len(cells)
+    for cell in cells[start:] + cells[:start]:
+      cell.peaks.append(product_flops / min(timed(product) for _ in range(3)))
+      K = cell.config.training.steps_per_dispatch
+      started = time.perf_counter()
+      cell.state, records = cell.compiled(cell.state, cell.feed, as_count(K))
+      jax.block_until_ready((cell.state, records))
+      cell.seconds.append((time.perf_counter() - started) / K)
+  return [_summary(cell, cells[0] if len(cells) > 1 else None) for cell in cells]
+
+
+def _summary(cell: Cell, first: Cell | None) -> dict[str, Any]:
+  training = cell.config.training
+  step_flops = 3 * forward_flops(cell.config, cell.vocab_size)
+  middle = float(np.median(cell.seconds))
+  result = {
     "seconds_per_step": middle,
-    "tokens_per_second": tokens / middle,
+    "tokens_per_second": training.batch_size * cell.config.model.max_length / middle,
     "matmul_flops": step_flops,
     "matmul_flops_per_second": step_flops / middle,
-    "peak_flops_per_second": float(np.median(peaks)),
-    "utilization": float(np.median(step_flops / np.multiply(seconds, peaks))),
-    "peak_memory_bytes": _memory(compiled),
-    "compile_seconds": compilation[0],
-    "compile_seconds_cached": compilation[1] if cached else None,
-    "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    "peak_flops_per_second": float(np.median(cell.peaks)),
+    "utilization": float(np.median(step_flops / np.multiply(cell.seconds, cell.peaks))),
+    "peak_memory_bytes": _memory(cell.compiled),
+    "compile_seconds": cell.compilation[0],
+    "compile_seconds_cached": cell.compilation[1] if len(cell.compilation) > 1 else None,
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(cell.state.params)),
   }
+  if first is not None:
+    ratios = np.quantile(np.divide(cell.seconds, first.seconds), [0.25, 0.5, 0.75])
+    names = ("time_to_first_low", "time_to_first", "time_to_first_high")
+    result |= dict(zip(names, map(float, ratios), strict=True))
+  return result
 
 
 def _memory(compiled: Any) -> int:
@@ -201,19 +242,25 @@ def _memory(compiled: Any) -> int:
 
 
 def table(results: list[dict[str, Any]]) -> str:
+  """A row for each; with a column of ratios if they were taken in turn."""
+  turns = any("time_to_first" in r for r in results)
   lines = [
     "| shape | coupler | sweep | ms per step | tokens/s | GFLOP/s | of peak | memory, MB "
-    "| compile, s (cached) |",
-    "|---|---|---|---|---|---|---|---|---|",
+    f"| compile, s (cached) |{' time, of the first [quartiles] |' if turns else ''}",
+    "|---" * (9 + turns) + "|",
   ]
   for r in results:
     cached = r["compile_seconds_cached"]
-    lines.append(
+    line = (
       f"| {r['shape']} | {r['coupler']} | {r['sweep']} | {1000 * r['seconds_per_step']:.1f} "
       f"| {r['tokens_per_second']:,.0f} | {r['matmul_flops_per_second'] / 1e9:,.1f} "
       f"| {r['utilization']:.1%} | {r['peak_memory_bytes'] / 1e6:,.0f} "
       f"| {r['compile_seconds']:.1f}{'' if cached is None else f' ({cached:.1f})'} |"
     )
+    if turns:
+      low, middle, high = (r[f"time_to_first{end}"] for end in ("_low", "", "_high"))
+      line += f" {middle:.2f} [{low:.2f}, {high:.2f}] |"
+    lines.append(line)
   return "\n".join(lines)
 
 
@@ -226,6 +273,9 @@ def main() -> None:
   )
   rounds = flags.DEFINE_integer("rounds", 5, "Timed dispatches.", 3)
   cached = flags.DEFINE_boolean("cached", True, "Compile again, with the persistent cache.")
+  in_turn = flags.DEFINE_boolean(
+    "in_turn", False, "Time the measurements of a sweep in turn, and compare with the first."
+  )
   out = flags.DEFINE_string("out", None, "JSON file for the result.")
 
   def run(argv: list[str]) -> None:
@@ -238,11 +288,14 @@ def main() -> None:
       fields, vocab_size = SHAPES[shape]
       for coupler in couplers.value:
         base = with_fields(Config(name=shape), {**EVERYWHERE, **fields, **COUPLERS[coupler]})
-        for cell in parse_grid(sweep.value, base):
-          config = with_fields(base, cell.values).validate()
-          named = {"shape": shape, "coupler": coupler, "sweep": cell.name if cell.values else ""}
-          results.append({**named, **measure(config, vocab_size, rounds.value, cached.value)})
-          print(table(results[-1:]).splitlines()[-1], flush=True)
+        cells = parse_grid(sweep.value, base)
+        for group in [cells] if in_turn.value else [[cell] for cell in cells]:
+          configs = [with_fields(base, cell.values).validate() for cell in group]
+          measured = measure(configs, vocab_size, rounds.value, cached.value)
+          for cell, found in zip(group, measured, strict=True):
+            named = {"shape": shape, "coupler": coupler, "sweep": cell.name if cell.values else ""}
+            results.append({**named, **found})
+            print(table(results[-1:]).splitlines()[-1], flush=True)
     print(table(results))
     if out.value:
       write_json(pathlib.Path(out.value), {**environment(), "measurements": results})

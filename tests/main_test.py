@@ -3,17 +3,13 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import pathlib
 import re
-import sys
-from typing import NamedTuple
 
-import jax
 import pytest
-from absl import flags, logging
-from absl.testing import flagsaver
 
 from hgnn_moe_jax import main
 from hgnn_moe_jax.training import loop
@@ -21,34 +17,11 @@ from hgnn_moe_jax.training import loop
 QUICKSTART = f"--config={pathlib.Path(__file__).parent.parent / 'configs' / 'quickstart.py'}"
 
 
-class Outcome(NamedTuple):
-  status: int
-  out: str
-  err: str
-
-
 @pytest.fixture
-def cli(monkeypatch, capsys, tmp_path):
-  """cli(*arguments) -> Outcome of a command line, run in this process."""
-
-  def run(*arguments: str) -> Outcome:
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["main", *arguments])
-    # The last config file's module, into which the next one would be loaded.
-    monkeypatch.delitem(sys.modules, "config_config", raising=False)
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
-      main.main()
-    out, err = capsys.readouterr()
-    return Outcome(stopped.value.code or 0, out, err)
-
+def cli(command, monkeypatch, tmp_path):
+  """cli(*arguments) -> Outcome of the command line."""
   monkeypatch.chdir(tmp_path)  # runs/NAME, if it comes to that, goes there
-  compiled, filters = jax.config.jax_compilation_cache_dir, list(logging.get_absl_logger().filters)
-  verbosity = logging.get_verbosity()
-  yield run
-  flags.FLAGS.unparse_flags()
-  jax.config.update("jax_compilation_cache_dir", compiled)
-  logging.get_absl_logger().filters[:] = filters
-  logging.set_verbosity(verbosity)
+  return functools.partial(command, main.main)
 
 
 @pytest.fixture

@@ -89,7 +89,8 @@ def test_a_preempted_task_is_queued_again(tmp_path):
 @pytest.fixture
 def run_sweep(tiny_config, config_file, tmp_path):
   """run_sweep(*words) -> the finished process of a sweep over two strengths of a tiny run."""
-  flag = config_file(tiny_config(**{"training.steps": 4}))
+  quick = {"training.steps": 4, "model.num_layers": 1, "model.coupler": "mean"}
+  flag = config_file(tiny_config(**quick))
 
   def go(*words):
     options = ["--grid=orthogonality.output_strength=0.0,0.2", f"--workdir={tmp_path}/sweep"]

@@ -16,11 +16,14 @@ def _exact(x):
   return np.asarray(x.astype(jnp.float32), np.float64)
 
 
-SHAPES = [(1, 4, 8, 64), (2, 3, 6, 96), (3, 8, 5, 256), (1, 1, 4, 32)]
+SHAPES = [(1, 4, 8, 64), (2, 3, 6, 96), (1, 1, 4, 32)]
+MOST = (3, 8, 5, 256)  # In one precision: 64 products, written out, take their time to compile.
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+  ("shape", "dtype"),
+  [*((s, d) for s in SHAPES for d in (jnp.float32, jnp.bfloat16)), (MOST, jnp.bfloat16)],
+)
 def test_against_float64(shape, dtype):
   G, E, N, D = shape
   assert token_kernels.fits(shape)

@@ -2,13 +2,12 @@
 
 import json
 import pathlib
-import sys
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from benchmarks import train_step
 from benchmarks.flops import matmul_flops
@@ -64,30 +63,16 @@ def test_the_forward_pass_by_hand():
   assert train_step.forward_flops(sparse, V) == wanted
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-  """command(*arguments) -> status, stdout, stderr."""
-
-  def run(*arguments):
-    monkeypatch.setattr(sys, "argv", ["train_step", *arguments])
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
-      train_step.main()
-    return (stopped.value.code or 0, *capsys.readouterr())
-
-  cache = jax.config.jax_compilation_cache_dir
-  yield run
-  assert jax.config.jax_compilation_cache_dir == cache
-  flags.FLAGS.unparse_flags()
-
-
 def test_a_measurement(command, tmp_path):
   out = tmp_path / "result.json"
+  cache = jax.config.jax_compilation_cache_dir
   status, printed, _ = command(
+    train_step.main,
     "--shape=tiny",
     *("--sweep=model.num_layers=1", "--sweep=training.batch_size=2"),
     *("--rounds=3", f"--out={out}"),
   )
-  assert status == 0
+  assert status == 0 and jax.config.jax_compilation_cache_dir == cache
   result = json.loads(out.read_text())
   (one,) = result["measurements"]
   name = "num_layers=1,batch_size=2"
@@ -102,6 +87,54 @@ def test_a_measurement(command, tmp_path):
   assert one["peak_memory_bytes"] > 3 * 4 * one["parameters"]
   assert one["compile_seconds_cached"] < one["compile_seconds"]
   assert result["device"]["platform"] == "cpu"
+
+
+class Clock:
+  """Stands still but for the programs that it times, which take as long as they are told to."""
+
+  def __init__(self):
+    self.now, self.order = 0.0, []
+
+  def __call__(self):
+    return self.now
+
+  def program(self, name, durations):
+    durations = iter(durations)
+
+    def run(state, feed, n):
+      self.order.append(name)
+      self.now += float(n) * next(durations)
+      return state, None
+
+    return run
+
+
+def test_taken_in_turn(monkeypatch):
+  """Ratios are medians within a round, whatever the machine does between rounds; turns rotate."""
+  clock, (fields, V) = Clock(), train_step.SHAPES["tiny"]
+  config = with_fields(Config(), {**fields, "training.steps": 1})
+  state = types.SimpleNamespace(params={"w": np.zeros(3)})
+  # The machine is four times slower in the second round.
+  durations = {"first": [1.0, 4.0, 1.0], "second": [2.0, 8.0, 3.0]}
+  cells = [
+    train_step.Cell(config, V, clock.program(name, times), state, None, [9.0, 0.5])
+    for name, times in durations.items()
+  ]
+  waiting = iter(cells)
+  monkeypatch.setattr(train_step, "prepare", lambda *_: next(waiting))
+  monkeypatch.setattr(train_step, "_memory", lambda compiled: 1)
+  monkeypatch.setattr(train_step, "timed", lambda product: 0.5)
+  monkeypatch.setattr(train_step, "time", types.SimpleNamespace(perf_counter=clock))
+  first, second = train_step.measure([config, config], V, rounds=3)
+  assert clock.order == ["first", "second", "second", "first", "first", "second"]
+  assert [first[f"time_to_first{end}"] for end in ("_low", "", "_high")] == [1.0, 1.0, 1.0]
+  assert [second[f"time_to_first{end}"] for end in ("_low", "", "_high")] == [2.0, 2.0, 2.5]
+  assert (first["seconds_per_step"], second["seconds_per_step"]) == (1.0, 3.0)
+  named = {"shape": "tiny", "coupler": "graph", "sweep": ""}
+  heading, line, *rows = train_step.table([{**named, **first}, {**named, **second}]).splitlines()
+  assert heading.count("|") == line.count("|") == rows[0].count("|") == rows[1].count("|") == 11
+  assert rows[0].endswith("| 9.0 (0.5) | 1.00 [1.00, 1.00] |")
+  assert rows[1].endswith("| 9.0 (0.5) | 2.00 [2.00, 2.50] |")
 
 
 @pytest.mark.parametrize("cached", [False, True])

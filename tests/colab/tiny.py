@@ -10,6 +10,7 @@ _SPEECHES = pathlib.Path(_spec.submodule_search_locations[0]) / "data" / "speech
 FIELDS = {
   "model.embed_dim": 32,
   "model.num_heads": 2,
+  "model.num_layers": 1,
   "model.coupler_layers": 1,
   "model.max_length": 32,
   "data.source": "text",

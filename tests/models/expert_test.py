@@ -152,11 +152,16 @@ def test_feeding_the_chosen_is_feeding_all_and_masking(E, rows, tokens, selected
     return np.sum(cotangent * _naive_feed(network, hidden, np.moveaxis(factor * chosen, -1, 0)))
 
   arguments = (network, hidden, factor)
-  fed, pull = jax.vjp(feed, jax.tree.map(jnp.asarray, arguments))
+
+  @jax.jit
+  def fed_and_gradients(arguments):
+    fed, pull = jax.vjp(feed, arguments)
+    return fed, pull(jnp.asarray(cotangent))
+
+  fed, (gradients,) = fed_and_gradients(jax.tree.map(jnp.asarray, arguments))
   np.testing.assert_allclose(
     fed, _naive_feed(network, hidden, np.moveaxis(factor, -1, 0)), rtol=1e-4, atol=1e-4
   )
-  (gradients,) = pull(jnp.asarray(cotangent))
   assert (np.asarray(gradients[0].in_EDF)[1] == 0).all() == (selected < E)
   assert_slopes(twin, arguments, gradients)
 
@@ -178,7 +183,7 @@ def test_gradients_of_the_chosen_are_summed_in_float32():
   sums = re.findall(r":(\w+)\[[^\]]*\] = scatter-add", str(jax.make_jaxpr(jax.grad(fed))(network)))
   assert sums and set(sums) == {"f32"}
   # GELU(1) is 0.8412, 0.84 in bfloat16.
-  gradient = jax.grad(fed)(network._replace(in_bias_EF=jnp.ones((E, F))))
+  gradient = jax.jit(jax.grad(fed))(network._replace(in_bias_EF=jnp.ones((E, F))))
   np.testing.assert_array_equal(gradient.out_bias_ED, [[tokens] * D, [0] * D])
   np.testing.assert_allclose(gradient.out_EFD[0], np.full((F, D), 0.8412 * tokens), rtol=0.005)
 

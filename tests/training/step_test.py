@@ -69,8 +69,8 @@ def assert_close(a: Any, b: Any, tolerance: float) -> None:
     np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * scale, err_msg=str(path))
 
 
-def naive_terms(model: Any, params: Any, batch: Batch) -> tuple[Any, Any, Any]:
-  """Cross-entropy from the whole logits; both penalties per layer, from their own functions."""
+def naive_terms(model: Any, params: Any, batch: Batch) -> tuple[Any, Any, Any, Any]:
+  """Cross-entropy from the whole logits; penalties per layer, from their own functions; balance."""
   log_p = jax.nn.log_softmax(model.logits(params, batch.inputs_BT))
   chosen_BT = jnp.take_along_axis(log_p, batch.targets_BT[..., None], axis=-1)[..., 0]
   lm_loss = -jnp.sum(chosen_BT * batch.weights_BT) / jnp.sum(batch.weights_BT)
@@ -82,7 +82,7 @@ def naive_terms(model: Any, params: Any, batch: Batch) -> tuple[Any, Any, Any]:
     units_LEX = vectors_LEX / jnp.linalg.norm(vectors_LEX, axis=-1, keepdims=True)
     squared_LEE = jnp.einsum("lex,lfx->lef", units_LEX, units_LEX) ** 2
     weight_L += (squared_LEE.sum((1, 2)) - jnp.trace(squared_LEE, axis1=1, axis2=2)) / 6
-  return lm_loss, weight_L, output_L
+  return lm_loss, weight_L, output_L, aux.balance_L
 
 
 def test_loss_is_the_sum_of_its_terms_once(plain_step):
@@ -102,11 +102,9 @@ def test_loss_is_the_sum_of_its_terms_once(plain_step):
   halfway = pieces.state._replace(control=pieces.state.control._replace(count=jnp.int32(2)))
 
   def naive(params, share):
-    lm_loss, weight_L, output_L = naive_terms(model, params, batch)
-    _, aux = model.features(params, batch.inputs_BT, batch.weights_BT, None)
+    terms = lm_loss, weight_L, output_L, balance_L = naive_terms(model, params, batch)
     penalties = share * (3.0 * weight_L.sum() + 2.0 * output_L.sum())
-    total = lm_loss + penalties + 5.0 * aux.balance_L.sum()
-    return total, (lm_loss, weight_L, output_L, aux.balance_L)
+    return lm_loss + penalties + 5.0 * balance_L.sum(), terms
 
   wanted_gradient = jax.jit(jax.value_and_grad(naive, has_aux=True))
   (loss, terms), gradient = wanted_gradient(halfway.params, 0.5)
