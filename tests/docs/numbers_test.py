@@ -73,6 +73,7 @@ def test_the_overhead_on_a_gpu_is_the_measured_one():
     ("h200", train_step, "performance.md"),
     ("sweeps_cpu", train_step, "performance.md"),
     ("sparse_cpu", train_step, "performance.md"),
+    ("accumulation_cpu", train_step, "performance.md"),
     ("generation_cpu", generation, "performance.md"),
     ("data_cpu", data, "performance.md"),
     ("scaling", scaling, "scaling.md"),

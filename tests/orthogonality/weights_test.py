@@ -15,6 +15,7 @@ OVERLAPS = {
   "gram": jax.jit(weights.gram_overlap),
   "spectral": jax.jit(lambda w: weights.spectral_overlap(w, RANK)),
 }
+_spectral_overlap = jax.jit(weights.spectral_overlap, static_argnums=1)
 _weight_overlap = jax.jit(weights.weight_overlap, static_argnums=(1, 2))
 _picked_and_gradient = jax.jit(
   jax.value_and_grad(
@@ -83,7 +84,7 @@ def test_spectral_overlap_by_hand():
   # Columns span {e0, e1}, {e0, e2}, {e2, e3}: shared directions of two: 1, 0, 1 -> 1/2, 0, 1/2
   e = np.eye(5, dtype=np.float32)
   w = np.stack([np.stack([3 * e[a], -2 * e[b]], 1) for a, b in [(0, 1), (0, 2), (2, 3)]])
-  overlap = weights.spectral_overlap(jnp.asarray(w), 2)
+  overlap = _spectral_overlap(jnp.asarray(w), 2)
   np.testing.assert_allclose(overlap, [[1, 0.5, 0], [0.5, 1, 0.5], [0, 0.5, 1]], atol=1e-5)
 
 
@@ -92,7 +93,7 @@ def test_spectral_overlap_of_a_known_angle():
   # flattened matrices, too.
   u, v = np.array([1, 0, 0]), np.array([0.5, math.sqrt(0.75), 0])
   w = jnp.asarray(np.stack([np.outer(u, [1, 0]), np.outer(v, [0, 1])]), jnp.float32)
-  np.testing.assert_allclose(weights.spectral_overlap(w, 1)[0, 1], 0.25, atol=1e-5)
+  np.testing.assert_allclose(_spectral_overlap(w, 1)[0, 1], 0.25, atol=1e-5)
   np.testing.assert_allclose(weights.gram_overlap(w)[0, 1], 0.0, atol=1e-7)
 
 
@@ -135,7 +136,7 @@ def test_spectral_overlap_agrees_with_svd_where_there_is_a_gap(top):
   w = _with_spectrum(0, spectrum, 96)
   expected = _svd_overlap(w, rank)
   assert expected[0, 1] > 2 * rank / 48  # something to find above chance
-  overlap = weights.spectral_overlap(jnp.asarray(w, jnp.float32), rank)
+  overlap = _spectral_overlap(jnp.asarray(w, jnp.float32), rank)
   np.testing.assert_allclose(overlap, expected, atol=1e-3)
 
 
@@ -143,7 +144,7 @@ def test_spectral_overlap_agrees_with_svd_where_there_is_a_gap(top):
 def test_spectral_overlap_of_random_experts_is_rank_over_embed_dim(columns):
   # No gap: single directions are not converged, the mean must be at chance all the same.
   w = jnp.asarray(_normal(5, 16, 4, 64, columns))
-  measured = np.asarray(gram.off_diagonal_mean(weights.spectral_overlap(w, 8)))
+  measured = np.asarray(gram.off_diagonal_mean(_spectral_overlap(w, 8)))
   chance = weights.weight_overlap_chance({"w": w}, "spectral", 8)
   assert chance == 0.125
   assert abs(measured.mean() / chance - 1) < 0.06
@@ -209,7 +210,7 @@ def test_rank_deficient_experts_count_with_the_directions_they_have():
   assert np.all(np.isfinite(gradient))
   # Many more columns than directions: the shifted Gram matrix must stay positive definite.
   steep = jnp.asarray(_normal(10, 4, 256, 1) @ _normal(11, 4, 1, 16))
-  assert np.all(np.isfinite(weights.spectral_overlap(steep, 64)))
+  assert np.all(np.isfinite(_spectral_overlap(steep, 64)))
 
 
 @pytest.mark.parametrize("form", weights.FORMS)
@@ -307,7 +308,7 @@ def test_compared_at_once_as_apart(form):
   roles = {"reads": _normal(0, 2, 3, 6, 4), "writes": _normal(1, 2, 3, 6, 5)}
   stored = {**roles, "writes": np.swapaxes(roles["writes"], -1, -2)}
   found = weights.compare(roles, stored, form, RANK)
-  overlap_LEE = weights.weight_overlap(roles, form, RANK)
+  overlap_LEE = _weight_overlap(roles, form, RANK)
   np.testing.assert_allclose(found.overlap_LEE, overlap_LEE, rtol=1e-5, atol=1e-6)
   specialization_L = weights.weight_specialization(roles)
   np.testing.assert_allclose(found.specialization_L, specialization_L, rtol=1e-5)
