@@ -159,7 +159,7 @@ def dispatch_of(config: Config, vocab_size: int) -> tuple[Any, Any, Feed]:
 
 
 @dataclasses.dataclass
-class Cell:
+class Program:
   """A compiled dispatch that is measured: its state moves on, its timings add up."""
 
   config: Config
@@ -172,13 +172,13 @@ class Cell:
   peaks: list[float] = dataclasses.field(default_factory=list)
 
 
-def prepare(config: Config, vocab_size: int, cached: bool) -> Cell:
+def prepare(config: Config, vocab_size: int, cached: bool) -> Program:
   """Compiles, and takes the step that is not timed."""
   dispatch, state, feed = dispatch_of(config, vocab_size)
   compiled, compilation = compile_seconds(lambda: dispatch.lower(state, feed, as_count(1)), cached)
   state, _ = compiled(state, feed, as_count(1))
   jax.block_until_ready(state)
-  return Cell(config, vocab_size, compiled, state, feed, compilation)
+  return Program(config, vocab_size, compiled, state, feed, compilation)
 
 
 def measure(
@@ -195,39 +195,39 @@ def measure(
     rounds: timed dispatches of each.
     cached: compile again, with the persistent cache.
   """
-  cells = [prepare(config, vocab_size, cached) for config in configs]
+  programs = [prepare(config, vocab_size, cached) for config in configs]
   product, product_flops = peak_product()
   jax.block_until_ready(product())
   for turn in range(rounds):
-    start = turn % len(cells)
-    for cell in cells[start:] + cells[:start]:
-      cell.peaks.append(product_flops / min(timed(product) for _ in range(3)))
-      K = cell.config.training.steps_per_dispatch
+    start = turn % len(programs)
+    for program in programs[start:] + programs[:start]:
+      program.peaks.append(product_flops / min(timed(product) for _ in range(3)))
+      K = program.config.training.steps_per_dispatch
       started = time.perf_counter()
-      cell.state, records = cell.compiled(cell.state, cell.feed, as_count(K))
-      jax.block_until_ready((cell.state, records))
-      cell.seconds.append((time.perf_counter() - started) / K)
-  return [_summary(cell, cells[0] if len(cells) > 1 else None) for cell in cells]
+      program.state, records = program.compiled(program.state, program.feed, as_count(K))
+      jax.block_until_ready((program.state, records))
+      program.seconds.append((time.perf_counter() - started) / K)
+  return [_summary(program, programs[0] if len(programs) > 1 else None) for program in programs]
 
 
-def _summary(cell: Cell, first: Cell | None) -> dict[str, Any]:
-  training = cell.config.training
-  step_flops = 3 * forward_flops(cell.config, cell.vocab_size)
-  middle = float(np.median(cell.seconds))
+def _summary(program: Program, first: Program | None) -> dict[str, Any]:
+  training = program.config.training
+  step_flops = 3 * forward_flops(program.config, program.vocab_size)
+  middle = float(np.median(program.seconds))
   result = {
     "seconds_per_step": middle,
-    "tokens_per_second": training.batch_size * cell.config.model.max_length / middle,
+    "tokens_per_second": training.batch_size * program.config.model.max_length / middle,
     "matmul_flops": step_flops,
     "matmul_flops_per_second": step_flops / middle,
-    "peak_flops_per_second": float(np.median(cell.peaks)),
-    "utilization": float(np.median(step_flops / np.multiply(cell.seconds, cell.peaks))),
-    "peak_memory_bytes": _memory(cell.compiled),
-    "compile_seconds": cell.compilation[0],
-    "compile_seconds_cached": cell.compilation[1] if len(cell.compilation) > 1 else None,
-    "parameters": sum(leaf.size for leaf in jax.tree.leaves(cell.state.params)),
+    "peak_flops_per_second": float(np.median(program.peaks)),
+    "utilization": float(np.median(step_flops / np.multiply(program.seconds, program.peaks))),
+    "peak_memory_bytes": _memory(program.compiled),
+    "compile_seconds": program.compilation[0],
+    "compile_seconds_cached": program.compilation[1] if len(program.compilation) > 1 else None,
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(program.state.params)),
   }
   if first is not None:
-    ratios = np.quantile(np.divide(cell.seconds, first.seconds), [0.25, 0.5, 0.75])
+    ratios = np.quantile(np.divide(program.seconds, first.seconds), [0.25, 0.5, 0.75])
     names = ("time_to_first_low", "time_to_first", "time_to_first_high")
     result |= dict(zip(names, map(float, ratios), strict=True))
   return result
@@ -283,6 +283,8 @@ def main() -> None:
     for flag, known in ((shapes, SHAPES), (couplers, COUPLERS)):
       if unknown := [name for name in flag.value if name not in known]:
         raise UserError(f"--{flag.name}={unknown[0]}: use some of {','.join(known)}")
+    if in_turn.value and not sweep.value:
+      raise UserError("--in_turn: nothing to compare; give a --sweep, its first value first")
     results = []
     for shape in shapes.value:
       fields, vocab_size = SHAPES[shape]

@@ -116,11 +116,11 @@ def test_taken_in_turn(monkeypatch):
   state = types.SimpleNamespace(params={"w": np.zeros(3)})
   # The machine is four times slower in the second round.
   durations = {"first": [1.0, 4.0, 1.0], "second": [2.0, 8.0, 3.0]}
-  cells = [
-    train_step.Cell(config, V, clock.program(name, times), state, None, [9.0, 0.5])
+  programs = [
+    train_step.Program(config, V, clock.program(name, times), state, None, [9.0, 0.5])
     for name, times in durations.items()
   ]
-  waiting = iter(cells)
+  waiting = iter(programs)
   monkeypatch.setattr(train_step, "prepare", lambda *_: next(waiting))
   monkeypatch.setattr(train_step, "_memory", lambda compiled: 1)
   monkeypatch.setattr(train_step, "timed", lambda product: 0.5)
@@ -135,6 +135,11 @@ def test_taken_in_turn(monkeypatch):
   assert heading.count("|") == line.count("|") == rows[0].count("|") == rows[1].count("|") == 11
   assert rows[0].endswith("| 9.0 (0.5) | 1.00 [1.00, 1.00] |")
   assert rows[1].endswith("| 9.0 (0.5) | 2.00 [2.00, 2.50] |")
+
+
+def test_turns_want_something_to_compare(command):
+  status, _, said = command(train_step.main, "--shape=tiny", "--in_turn")
+  assert status == 2 and said.startswith("error: --in_turn: nothing to compare; give a --sweep")
 
 
 @pytest.mark.parametrize("cached", [False, True])
