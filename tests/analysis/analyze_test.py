@@ -48,9 +48,7 @@ def test_a_report_of_a_run(finished_run, read_page, drawn):
   ],
   ids=["one expert", "sparse mean", "attention", "hypergraph"],
 )  # fmt: skip
-def test_every_kind_of_model_has_its_figures(train, changes, other, request):
-  if changes.get("model.coupler") == "hypergraph":
-    request.getfixturevalue("drawn")  # The others' figures are of the same making.
+def test_every_kind_of_model_has_its_figures(train, changes, other, drawn):
   folder = train("run", **{"model.num_layers": 1, "model.dropout": 0.0} | changes)
   analysis.analyze_adaptive_orthogonality(folder)
   drawn = {path.stem for path in (folder / "analysis").glob("*.png")}
@@ -112,24 +110,11 @@ def test_rank_correlation_by_hand():
   assert np.isnan(rho[2]).all()
 
 
-def test_two_approaches(write_run, tmp_path):
-  step = {
-    "weight_specialization": [0.9, 0.8],
-    "output_specialization": [0.5, 0.25],
-    "effective_experts": [3.0, 2.0],
-    "weight_strength": [0.1, 0.1],
-    "output_strength": [0.1, 0.1],
-    "tokens_per_second": 10.0,
-  }
-  last = {"token_perplexity": 1.0, "word_perplexity": 1.0}
-  runs = [
-    {"name": name, "run": write_run(f"{name}-{seed}", [step] * 9, (), last, seed=seed, **changes)}
-    for name, changes in {"weak": {}, "strong": {"orthogonality.output_strength": 1.0}}.items()
-    for seed in (1, 2)
-  ]
-  path = analysis.compare_orthogonality_approaches(runs, tmp_path / "out", baseline="weak")
+def test_two_approaches(groups, tmp_path):
+  runs = [{"name": name, "run": run.folder} for name, members in groups.items() for run in members]
+  path = analysis.compare_orthogonality_approaches(runs, tmp_path / "out", baseline="b")
   table = path.read_text()
-  assert "| weak | 2 |" in table and "2 pairs" in table.splitlines()[3]
+  assert "| b | 2 |" in table and "2 pairs" in table.splitlines()[3]
   assert {p.suffix for p in path.parent.iterdir()} == {".md", ".csv", ".html", ".png", ".svg"}
 
 
