@@ -25,7 +25,7 @@ from hgnn_moe_jax.models import language_model
 from hgnn_moe_jax.training import optimizer as optimizers
 from hgnn_moe_jax.training.assembly import build_model, make_controller
 from hgnn_moe_jax.training.records import environment, write_json
-from hgnn_moe_jax.training.step import init_state, make_train_step
+from hgnn_moe_jax.training.step import make_init, make_train_step
 
 _ADAPTIVE = {
   "orthogonality.weight_strength": 0.0,
@@ -76,7 +76,7 @@ def step_with(config: Config, vocab_size: int) -> tuple[Step, Any]:
   learning_rate = optimizers.learning_rate_schedule(config.training, 1000)
   optimizer = optimizers.build(config.training, learning_rate, params)
   controller = make_controller(config, 1000)
-  state = init_state(model, optimizer, controller, config.seed)
+  state = make_init(model, optimizer, controller)(config.seed)
   return make_train_step(model, optimizer, controller, learning_rate, config), state
 
 

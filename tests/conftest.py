@@ -1,6 +1,6 @@
 """Strict numerics for every test: no silent dtype or rank promotion, compiled code kept on disk."""
 
-import dataclasses
+import functools
 import gc
 import importlib.metadata
 import os
@@ -173,57 +173,20 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def _factories():
-  """Everything that is traced and compiled is made once per session, not once per run.
-
-  The pieces are pure functions of the config's meaning and the corpus, so runs may share them. That
-  a run of its own process gives the same numbers is seen in the tests that start one.
-  """
-  from hgnn_moe_jax.training import evaluate, evaluation, loop
+  """Everything that has been traced and compiled in this process is kept, not the last few only."""
+  from hgnn_moe_jax.training import assembly, evaluation
 
   with pytest.MonkeyPatch.context() as patch:
-    assemble, init_state = _once(loop.assemble), _once(loop.init_state)
-    patch.setattr(loop, "assemble", assemble)
-    patch.setattr(evaluate, "assemble", assemble)
-    # The first dispatch gives the state's buffers away.
-    fresh = lambda *args: jax.tree.map(lambda leaf: leaf.copy(), init_state(*args))  # noqa: E731
-    patch.setattr(loop, "init_state", fresh)
-    patch.setattr(loop, "make_train_step", _once(loop.make_train_step))
-    patch.setattr(loop, "make_dispatch", _once(loop.make_dispatch))
-    patch.setattr(evaluation, "make_evaluation", _once(evaluation.make_evaluation))
+    for module, name in ((assembly, "_assembled"), (evaluation, "make_evaluation")):
+      patch.setattr(module, name, functools.cache(getattr(module, name).__wrapped__))
     yield
 
 
 @pytest.fixture
 def shared_programs(_factories):
-  """Fast runs in this process. Optax promotes dtypes: int32 counts meet float decays."""
+  """Runs in this process. Optax promotes dtypes: int32 counts meet float decays."""
   with jax.numpy_dtype_promotion("standard"):
     yield
-
-
-def _once(function: Callable[..., Any]) -> Callable[..., Any]:
-  results: dict[Any, Any] = {}
-
-  def wrapped(*args: Any) -> Any:
-    key = tuple(_meaning(a) for a in args)
-    if key not in results:
-      results[key] = function(*args)
-    return results[key]
-
-  return wrapped
-
-
-def _meaning(argument: Any) -> Any:
-  if hasattr(argument, "fingerprint"):  # A corpus.
-    return (argument.fingerprint, argument.max_length)
-  if not isinstance(argument, Config):
-    return argument
-  return tuple(
-    (group.name, field.name, getattr(getattr(argument, group.name), field.name))
-    for group in dataclasses.fields(Config)
-    if dataclasses.is_dataclass(group.type)
-    for field in dataclasses.fields(group.type)
-    if field.metadata.get("meaning", True)
-  )
 
 
 def _random_params(shapes: Any, seed: int = 0) -> Any:

@@ -16,7 +16,7 @@ from hgnn_moe_jax.data.examples import place, stream_examples
 from hgnn_moe_jax.models import attention, head, language_model
 from hgnn_moe_jax.orthogonality import outputs
 from hgnn_moe_jax.training.assembly import assemble_sized
-from hgnn_moe_jax.training.step import Feed, as_count, init_state, make_dispatch, make_train_step
+from hgnn_moe_jax.training.step import Feed, as_count, make_dispatch, make_train_step
 
 pytestmark = pytest.mark.skipif(
   not device.has_ampere_kernels(), reason="no NVIDIA GPU of compute capability 8 or more"
@@ -176,7 +176,7 @@ def test_steps_need_no_host_and_repeat():
   examples, _ = place(stream_examples(tokens, T), "device")
 
   def losses():
-    state = init_state(assembly.model, assembly.optimizer, assembly.controller, config.seed)
+    state = assembly.init_state(config.seed)
     found = []
     for start in range(0, 16, 4):
       rows = jnp.asarray((np.arange(4 * B) + start).reshape(4, B) % 16, jnp.int32)

@@ -170,6 +170,11 @@ def test_a_workdir_that_cannot_be_one(refused, tiny_config, config_file, tmp_pat
   assert "run: cannot write (Not a directory). Free space or choose a folder" in message
 
 
+def small(tiny_config):
+  """Of one layer, which is soon compiled."""
+  return tiny_config(**{"model.num_layers": 1})
+
+
 def test_a_full_disk(refused, tiny_config, config_file, tmp_path, shared_programs, monkeypatch):
   """While the first checkpoint is being written, in Orbax's threads."""
   from hgnn_moe_jax.training.checkpoint import ocp
@@ -178,7 +183,7 @@ def test_a_full_disk(refused, tiny_config, config_file, tmp_path, shared_program
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
   monkeypatch.setattr(ocp.CheckpointManager, "save", full)
-  message = refused(config_file(tiny_config()), f"--workdir={tmp_path / 'run'}", "--quiet")
+  message = refused(config_file(small(tiny_config)), f"--workdir={tmp_path / 'run'}", "--quiet")
   assert "cannot write (No space left on device). Free space" in message
   assert message.endswith("it continues from the last checkpoint.")
 
@@ -229,7 +234,7 @@ def test_a_run_from_start_to_text(cli, tiny_config, config_file, tmp_path, share
   """Train, run again, evaluate, generate; and settings given on the command line arrive."""
   workdir = tmp_path / "run"
   arguments = (
-    config_file(tiny_config()),
+    config_file(small(tiny_config)),
     f"--workdir={workdir}",
     override("training.log_every", 5),
   )

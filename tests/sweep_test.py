@@ -87,31 +87,26 @@ def test_a_preempted_task_is_queued_again(tmp_path):
 
 
 @pytest.fixture
-def run_sweep(tiny_config, config_file, tmp_path):
-  """run_sweep(*words) -> the finished process of a sweep over two strengths of a tiny run."""
+def words(tiny_config, config_file, tmp_path):
+  """The command line of a sweep over two strengths of a tiny run; two words for the config."""
   quick = {"training.steps": 4, "model.num_layers": 1, "model.coupler": "mean"}
   flag = config_file(tiny_config(**quick))
+  grid = "--grid=orthogonality.output_strength=0.0,0.2"
+  return [*flag.split("=", 1), grid, f"--workdir={tmp_path}/sweep"]
 
-  def go(*words):
-    options = ["--grid=orthogonality.output_strength=0.0,0.2", f"--workdir={tmp_path}/sweep"]
-    done = subprocess.run(
-      [sys.executable, "-m", "hgnn_moe_jax.sweep", *flag.split("=", 1), *options, *words],
-      capture_output=True,
-      text=True,
-      cwd=pathlib.Path(__file__).parent.parent,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
 
-  return go
+@pytest.fixture
+def run_sweep(words, command):
+  """run_sweep(*words) -> Outcome of this command line with these words behind it."""
+  return lambda *more: command(sweep.main, *words, *more)
 
 
 def test_a_sweep_continues_and_ends_with_the_comparison(run_sweep, tmp_path):
   folders = [tmp_path / "sweep" / f"output_strength={s}-0" for s in (0.0, 0.2)]
   first = run_sweep()
-  assert first.returncode == 0, first.stderr
+  assert first.status == 0, first.err
   assert all((folder / "summary.json").exists() for folder in folders)
-  assert "| output_strength=0.0 | 1 |" in first.stdout and "1 pairs" in first.stdout
+  assert "| output_strength=0.0 | 1 |" in first.out and "1 pairs" in first.out
   assert (tmp_path / "sweep" / "comparison" / "comparison.csv").exists()
   config = json.loads((folders[1] / "config.json").read_text())["config"]
   assert config["orthogonality"]["output_strength"] == 0.2 and config["seed"] == 0
@@ -119,30 +114,36 @@ def test_a_sweep_continues_and_ends_with_the_comparison(run_sweep, tmp_path):
   before = (folders[0] / "metrics.jsonl").read_bytes()
   (folders[1] / "summary.json").unlink()
   second = run_sweep()
-  assert f"1/2 {folders[0]}: finished before" in second.stdout
-  assert f"2/2 {folders[1]}: validation token perplexity" in second.stdout
+  assert f"1/2 {folders[0]}: finished before" in second.out
+  assert f"2/2 {folders[1]}: validation token perplexity" in second.out
   assert (folders[0] / "metrics.jsonl").read_bytes() == before
-  assert second.stdout.splitlines()[-4:] == first.stdout.splitlines()[-4:]
+  assert second.out.splitlines()[-4:] == first.out.splitlines()[-4:]
 
 
 def test_commands_can_be_seen_and_written(run_sweep, tmp_path):
   seen = run_sweep("--dry_run", "--seeds=2")
-  commands = [shlex.split(line) for line in seen.stdout.splitlines()]
+  commands = [shlex.split(line) for line in seen.out.splitlines()]
   assert len(commands) == 4 and not (tmp_path / "sweep").exists()
   assert commands[3][-4:] == [
     *("--config.orthogonality.output_strength=0.2", "--config.seed=1"),
     *(f"--workdir={tmp_path}/sweep/output_strength=0.2-1", "--quiet"),
   ]
   written = run_sweep(f"--slurm={tmp_path}/job.sh", "--seeds=2")
-  assert written.stdout.startswith(f"sbatch {tmp_path}/job.sh   # 4 runs")
+  assert written.out.startswith(f"sbatch {tmp_path}/job.sh   # 4 runs")
   assert "#SBATCH --array=0-3" in (tmp_path / "job.sh").read_text()
 
 
-def test_a_run_that_fails_stops_the_sweep(run_sweep, tmp_path):
+def test_a_run_that_fails_stops_the_sweep(words, tmp_path):
   """The folder belongs to another run: main says so, the sweep stops with its status."""
   folder = tmp_path / "sweep" / "output_strength=0.0-0"
   folder.mkdir(parents=True)
   (folder / "config.json").write_text("{}")
-  done = run_sweep()
+  done = subprocess.run(
+    [sys.executable, "-m", "hgnn_moe_jax.sweep", *words],
+    capture_output=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parent.parent,
+  )
   assert done.returncode == 2 and "config.json is damaged" in done.stderr
+  assert "Traceback" not in done.stderr
   assert done.stderr.splitlines()[-1] == f"stopped at {folder}; the same command continues"

@@ -1,15 +1,17 @@
 """From a config and a corpus to the pieces that a run consists of."""
 
+import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
 
 from hgnn_moe_jax import extensions, sharding
-from hgnn_moe_jax.config import Config
+from hgnn_moe_jax.config import Config, DataConfig, EvaluationConfig, with_fields
 from hgnn_moe_jax.control import schedules, strategies
 from hgnn_moe_jax.control.adaptive import adaptive
 from hgnn_moe_jax.control.base import Controller
@@ -26,23 +28,47 @@ from hgnn_moe_jax.training import step
 from hgnn_moe_jax.training.state import TrainState
 
 
-class Assembly(NamedTuple):
-  """Attributes:
-  total_steps: length of the run.
-  abstract_state: shapes and dtypes of the TrainState, and on a mesh shardings.
-  parameters: number of trained scalars.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assembly:
+  """The pieces, and the functions made of them, which are traced and compiled when first used.
+
+  Attributes:
+    config: what they are made from; fields that the run alone reads are blank.
+    total_steps: length of the run.
+    fill: the token id that pads.
+    abstract_state: shapes and dtypes of the TrainState, and on a mesh shardings.
+    parameters: number of trained scalars.
   """
 
+  config: Config
   model: LanguageModel
   optimizer: optax.GradientTransformation
   controller: Controller
   learning_rate: optax.Schedule
   total_steps: int
+  fill: int
   abstract_state: TrainState
   parameters: int
   mesh: Mesh | None
 
-  def shardings(self) -> Any:
+  @functools.cached_property
+  def init_state(self) -> Callable[[int], TrainState]:
+    """init_state(seed), see `step.make_init`."""
+    return step.make_init(self.model, self.optimizer, self.controller, self._shardings)
+
+  @functools.cached_property
+  def dispatch(self) -> Callable[..., Any]:
+    """See `step.make_train_step` and `step.make_dispatch`."""
+    c = self.config
+    train_step = step.make_train_step(
+      self.model, self.optimizer, self.controller, self.learning_rate, c
+    )
+    where = None if self.mesh is None else (self._shardings, sharding.replicated(self.mesh))
+    size, length = c.training.steps_per_dispatch, c.model.max_length
+    return step.make_dispatch(train_step, size, length, self.fill, where)
+
+  @property
+  def _shardings(self) -> Any:
     """Of the TrainState; None without a mesh."""
     if self.mesh is None:
       return None
@@ -50,13 +76,32 @@ class Assembly(NamedTuple):
 
 
 def assemble(config: Config, corpus: Corpus, mesh: Mesh | None = None) -> Assembly:
-  """Builds everything without allocating any parameter."""
+  """Builds everything without allocating any parameter.
+
+  Runs that differ in their seed, text or folder only share one Assembly, and with it all that this
+  process has traced and compiled.
+  """
   total = total_steps(config, corpus.splits["train"].examples.num_examples)
-  return assemble_sized(config, corpus.tokenizer.vocab_size, total, mesh)
+  tokenizer = corpus.tokenizer
+  return assemble_sized(config, tokenizer.vocab_size, total, mesh, tokenizer.end_of_text)
+
+
+# What no traced function depends on.
+_OF_THE_RUN = {
+  "name": "",
+  "seed": 0,
+  "data": DataConfig(),
+  "evaluation": EvaluationConfig(),
+  "training.log_every": 1,
+  "training.checkpoint_every": 1,
+  "training.keep_checkpoints": 1,
+  "training.tensorboard": False,
+  "training.wandb_project": "",
+}
 
 
 def assemble_sized(
-  config: Config, vocab_size: int, total: int, mesh: Mesh | None = None
+  config: Config, vocab_size: int, total: int, mesh: Mesh | None = None, fill: int = 0
 ) -> Assembly:
   """As `assemble`, for a run whose text is not at hand.
 
@@ -65,18 +110,64 @@ def assemble_sized(
     vocab_size: V.
     total: its length in steps.
     mesh: the devices of the run; None for one.
+    fill: the token id that pads.
   """
+  config = with_fields(config, _OF_THE_RUN)  # A copy, which nobody will change.
+  fields = {field: field.split(".") for field in extensions.FIELDS}
+  paths = {field: getattr(getattr(config, group), name) for field, (group, name) in fields.items()}
+  brought = tuple(
+    _Itself(extensions.load(field, path))
+    for field, path in paths.items()
+    if extensions.is_path(path)
+  )
+  return _assembled(config, vocab_size, total, mesh, fill, brought)
+
+
+class _Itself:
+  """An object that equals itself only: that of a module which was loaded again is another."""
+
+  def __init__(self, part: Any):
+    self._part = part
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, _Itself) and self._part is other._part
+
+  def __hash__(self) -> int:
+    return id(self._part)
+
+
+@functools.lru_cache(maxsize=8)
+def _assembled(
+  config: Config,
+  vocab_size: int,
+  total: int,
+  mesh: Mesh | None,
+  fill: int,
+  brought: tuple[_Itself, ...],
+) -> Assembly:
+  del brought  # They are looked up where they are needed.
   model = build_model(config, vocab_size)
   params = jax.eval_shape(model.init, jax.random.key(0))
   learning_rate = optimizers.learning_rate_schedule(config.training, total)
   optimizer = optimizers.build(config.training, learning_rate, params)
   controller = make_controller(config, total)
-  state = jax.eval_shape(lambda: step.init_state(model, optimizer, controller, config.seed))
+  state = jax.eval_shape(lambda: step.make_init(model, optimizer, controller)(0))
   parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
   if mesh is not None:
     where = sharding.parameter_shardings(mesh, config.mesh.fsdp, model.axes(), params)
     state = sharding.with_shardings(state, sharding.state_shardings(mesh, state, params, where))
-  return Assembly(model, optimizer, controller, learning_rate, total, state, parameters, mesh)
+  return Assembly(
+    config=config,
+    model=model,
+    optimizer=optimizer,
+    controller=controller,
+    learning_rate=learning_rate,
+    total_steps=total,
+    fill=fill,
+    abstract_state=state,
+    parameters=parameters,
+    mesh=mesh,
+  )
 
 
 def build_model(config: Config, vocab_size: int) -> LanguageModel:

@@ -37,7 +37,7 @@ from hgnn_moe_jax.training.records import (
   write_json,
 )
 from hgnn_moe_jax.training.state import StepRecord
-from hgnn_moe_jax.training.step import as_count, init_state, make_dispatch, make_train_step
+from hgnn_moe_jax.training.step import as_count
 
 
 class Pending(NamedTuple):
@@ -190,7 +190,7 @@ class Run:
       dispatch = pool.submit(self._lowered().compile)
       evaluation = pool.submit(self.evaluator.lowered(a.abstract_state.params).compile)
       if self.step == 0:
-        self.state = init_state(a.model, a.optimizer, a.controller, self.config.seed, a.shardings())
+        self.state = a.init_state(self.config.seed)
       self.dispatch, self.evaluator.compiled = dispatch.result(), evaluation.result()
     self.compile_seconds += time.perf_counter() - started
 
@@ -226,14 +226,9 @@ class Run:
   def _lowered(self) -> jax.stages.Lowered:
     """The dispatch, traced but not compiled."""
     a = self.assembly
-    step = make_train_step(a.model, a.optimizer, a.controller, a.learning_rate, self.config)
-    where = None if a.mesh is None else (a.shardings(), sharding.replicated(a.mesh))
-    dispatch = make_dispatch(
-      step, self.config.training.steps_per_dispatch, self.config.model.max_length, self.fill, where
-    )
     # From the state's shapes, not from its arrays: a continued run's, which lie where Orbax put
     # them, would give another program to compile.
-    return dispatch.lower(a.abstract_state, self.feeder.example(), as_count(1))
+    return a.dispatch.lower(a.abstract_state, self.feeder.example(), as_count(1))
 
   def _steps_to_take(self, step: int) -> int:
     """Up to the next multiple of every cadence, so that resuming meets the same borders."""

@@ -1,5 +1,6 @@
 """One optimizer step, and the compiled function that takes several in one dispatch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,18 +41,16 @@ class WeightTerm(NamedTuple):
   specialization_L: jax.Array
 
 
-def init_state(
+def make_init(
   model: LanguageModel,
   optimizer: optax.GradientTransformation,
   controller: Controller,
-  seed: int,
   shardings: Any = None,
-) -> TrainState:
-  """The state at step 0, made in one jitted call so that no two leaves share a buffer.
+) -> Callable[[int], TrainState]:
+  """init(seed) -> the state at step 0, in one jitted call so that no two leaves share a buffer.
 
   Args:
     model, optimizer, controller: what it is the state of.
-    seed: of the parameters and of dropout.
     shardings: a tree like the state; its numbers do not depend on it.
   """
 
@@ -66,8 +65,9 @@ def init_state(
       key=key,
     )
 
+  compiled = jax.jit(init, out_shardings=shardings)
   # An argument, not a constant: one compiled program serves every seed.
-  return jax.jit(init, out_shardings=shardings)(np.uint32(seed))
+  return lambda seed: compiled(np.uint32(seed))
 
 
 def make_train_step(
@@ -274,6 +274,7 @@ def make_dispatch(
   return jax.jit(dispatch, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
+@functools.lru_cache(maxsize=8)  # The same function again, so that JAX finds what it has compiled.
 def make_evaluation(
   model: LanguageModel, max_batches: int, max_length: int, fill: int, sharding: Any = None
 ) -> Callable[[Params, Feed, Any], jax.Array]:

@@ -35,7 +35,7 @@ def scored(tiny_config):
   config = tiny_config()
   corpus = loop.load_corpus(config)
   a = loop.assemble(config, corpus)
-  params = loop.init_state(a.model, a.optimizer, a.controller, 3).params
+  params = a.init_state(3).params
   return a.model, jax.tree.map(lambda p: 3 * p, params), corpus
 
 

@@ -56,6 +56,9 @@ def config(tiny_config):
       **{
         "model.num_experts": 4,
         "training.batch_size": 16,
+        # No more is saved than what is continued from: eight parts of every array take a while.
+        "training.checkpoint_every": 8,
+        "evaluation.every": 12,
         "mesh.data": data,
         "mesh.expert": expert,
         "mesh.model": heads,

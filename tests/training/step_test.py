@@ -38,7 +38,7 @@ def plain_step(tiny_config):
     config = tiny_config(**{"model.dropout": 0.0, "training.ema_decay": 0.0} | changes)
     a = loop.assemble(config, load_corpus(config))
     descent = optax.sgd(RATE)
-    state = loop.init_state(a.model, a.optimizer, a.controller, 3)
+    state = a.init_state(3)
     state = state._replace(opt_state=descent.init(state.params))
     step = make_train_step(a.model, descent, a.controller, a.learning_rate, config)
     return Pieces(config, a, state, jax.jit(step))
@@ -279,18 +279,16 @@ def run(tiny_config):
     config = tiny_config()
     corpus = load_corpus(config)
     a = loop.assemble(config, corpus)
-    step = loop.make_train_step(a.model, a.optimizer, a.controller, a.learning_rate, config)
-    dispatch = loop.make_dispatch(step, 3, T, 256)
     examples = jax.device_put(corpus.splits["train"].examples)
-    state, records, t = loop.init_state(a.model, a.optimizer, a.controller, seed), [], 0
+    state, records, t = a.init_state(seed), [], 0
     for n in plan:
       rows = (np.arange(24).reshape(3, 8) + 8 * t).astype(np.int32)
       inputs = jax.device_put((Feed(examples, rows, None), as_count(n)))
       if disallow_transfers:
         with jax.transfer_guard("disallow"):
-          state, record = dispatch(state, *inputs)
+          state, record = a.dispatch(state, *inputs)
       else:
-        state, record = dispatch(state, *inputs)
+        state, record = a.dispatch(state, *inputs)
       records += [jax.tree.map(lambda r, k=k: np.asarray(r)[k], record) for k in range(n)]
       t += n
     return state, records
@@ -314,16 +312,14 @@ def test_nothing_is_transferred_inside_a_dispatch(run):
 
 def test_another_dispatch_size_gives_the_same_bits(tiny_config, run, assert_same):
   """Another compiled program, of one step per call, whose loop is the same loop."""
-  config = tiny_config()
+  config = tiny_config(**{"training.steps_per_dispatch": 1})
   corpus = load_corpus(config)
   a = loop.assemble(config, corpus)
-  step = loop.make_train_step(a.model, a.optimizer, a.controller, a.learning_rate, config)
-  dispatch = loop.make_dispatch(step, 1, T, 256)
   examples = jax.device_put(corpus.splits["train"].examples)
-  state = loop.init_state(a.model, a.optimizer, a.controller, 3)
+  state = a.init_state(3)
   for t in range(3):
     rows = (np.arange(8)[None] + 8 * t).astype(np.int32)
-    state, _ = dispatch(state, Feed(examples, rows, None), as_count(1))
+    state, _ = a.dispatch(state, Feed(examples, rows, None), as_count(1))
   assert_same(state, run([3])[0])
 
 
@@ -340,7 +336,7 @@ def test_dropout_key_is_the_run_key_folded_with_the_step(tiny_config):
   """The loss of steps 0 and 1 recomputed with the key that the contract names."""
   config = tiny_config(**{"orthogonality.weight_strength": 0.0, "training.ema_decay": 0.0})
   a = loop.assemble(config, load_corpus(config))
-  state = loop.init_state(a.model, a.optimizer, a.controller, 3)
+  state = a.init_state(3)
   descent = optax.sgd(0.0)
   state = state._replace(opt_state=descent.init(state.params))
   step = jax.jit(make_train_step(a.model, descent, a.controller, a.learning_rate, config))
@@ -387,7 +383,7 @@ def test_one_trace_for_any_number_of_steps(tiny_config, run):
   dispatch = make_dispatch(step, 5, T, 256)
   examples = jax.device_put(corpus.splits["train"].examples)
   rows = np.zeros((5, 8), np.int32)
-  state = loop.init_state(a.model, a.optimizer, a.controller, 3)
+  state = a.init_state(3)
   state, records = dispatch(state, Feed(examples, rows, None), as_count(2))
   first = len(traces)
   for n in (5, 1, 0, 3):

@@ -20,10 +20,11 @@ _PATIENCE = 240  # seconds, on a machine that does other things, too
 
 @pytest.fixture(scope="module")
 def config(tiny_config):
-  """One layer: all that it is compiled for, over and over, is to be stopped and continued."""
+  """Small: all that it is compiled for, over and over, is to be stopped and continued."""
   return tiny_config(
     **{
       "model.num_layers": 1,
+      "model.coupler": "mean",
       "training.steps": 40,
       "training.checkpoint_every": 10,
       "evaluation.every": 20,
