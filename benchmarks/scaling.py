@@ -81,9 +81,7 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
     where = sharding.batch_rows(mesh, leading=0)
     ids = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=where)
     weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=where)
-    jitted = jax.jit(
-      step, donate_argnums=0, out_shardings=(a.shardings(), sharding.replicated(mesh))
-    )
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(a.shardings, sharding.replicated(mesh)))
     started = time.perf_counter()
     compiled = jitted.lower(a.abstract_state, Batch(ids, ids, weights)).compile()
   memory: Any = compiled.memory_analysis()

@@ -52,11 +52,12 @@ def test_options_of_the_compiler(backend, properties, flags, expected, monkeypat
 def test_training_and_evaluation_are_compiled_with_them(monkeypatch):
   monkeypatch.setattr(device, "compiler_options", lambda: {"xla_no_such_option": "1"})
   train = step.make_dispatch(lambda state, batch: (state, batch.weights_BT.sum()), 2, 4, 0)
-  model = SimpleNamespace(
-    features=lambda params, inputs, weights, key: (params, None),
-    loss=lambda params, x, targets, weights: x * weights.sum(),
-  )
-  score = step.make_evaluation(model, 2, 4, 0)
+
+  class Model:
+    features = staticmethod(lambda params, inputs, weights, key: (params, None))
+    loss = staticmethod(lambda params, x, targets, weights: x * weights.sum())
+
+  score = step.make_evaluation(Model(), 2, 4, 0)
   batch = Batch(*(jnp.zeros((2, 3, 4), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
   for program in (train, score):
     lowered = program.lower(jnp.zeros(()), step.Feed(None, None, batch), step.as_count(1))

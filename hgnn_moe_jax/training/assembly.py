@@ -54,7 +54,7 @@ class Assembly:
   @functools.cached_property
   def init_state(self) -> Callable[[int], TrainState]:
     """init_state(seed), see `step.make_init`."""
-    return step.make_init(self.model, self.optimizer, self.controller, self._shardings)
+    return step.make_init(self.model, self.optimizer, self.controller, self.shardings)
 
   @functools.cached_property
   def dispatch(self) -> Callable[..., Any]:
@@ -63,12 +63,12 @@ class Assembly:
     train_step = step.make_train_step(
       self.model, self.optimizer, self.controller, self.learning_rate, c
     )
-    where = None if self.mesh is None else (self._shardings, sharding.replicated(self.mesh))
+    where = None if self.mesh is None else (self.shardings, sharding.replicated(self.mesh))
     size, length = c.training.steps_per_dispatch, c.model.max_length
     return step.make_dispatch(train_step, size, length, self.fill, where)
 
   @property
-  def _shardings(self) -> Any:
+  def shardings(self) -> Any:
     """Of the TrainState; None without a mesh."""
     if self.mesh is None:
       return None
