@@ -271,14 +271,18 @@ def test_layers_wrap_after_four(tmp_path, layers, shape):
     assert figure.get_figwidth() == max(6.0, 3.0 * shape[1])
 
 
-def test_the_command(finished_run):
-  words = [finished_run, f"--baseline={finished_run}"]
-  done = subprocess.run(
-    [sys.executable, "-m", "hgnn_moe_jax.analysis", *words], capture_output=True, text=True
-  )
+def test_the_command(command, finished_run):
+  done = command(main, finished_run, f"--baseline={finished_run}")
   page = finished_run / "analysis" / "report.html"
-  assert (done.returncode, done.stdout, done.stderr) == (0, f"{page}\n", "")
+  assert done == (0, f"{page}\n", "")
   assert "(+0.0 %)" in page.read_text()
+
+
+def test_the_command_starts(tmp_path):
+  words = ["-m", "hgnn_moe_jax.analysis", tmp_path / "nowhere"]
+  done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr.startswith(f"error: {tmp_path}/nowhere: no such folder")
 
 
 def test_one_run_that_cannot_be_read_does_not_stop_the_others(command, finished_run, tmp_path):

@@ -34,7 +34,7 @@ def test_only_the_step_without_knows_nothing_of_overlap(tiny_config):
 def test_both_steps_train_the_same_model_alike(tiny_config):
   """The same parameters give the same loss and gradient norm."""
   changes = {"orthogonality.weight_strength": 0.0, "orthogonality.output_strength": 0.0}
-  config = tiny_config(**changes, **{"model.dropout": 0.0})
+  config = tiny_config(**changes, **{"model.dropout": 0.0, "model.num_layers": 1})
   batch = overhead.random_batch(config, VOCAB)
   step, state = overhead.step_with(config, VOCAB)
   plain, (_, opt_state, key) = overhead.step_without(config, VOCAB)
@@ -45,7 +45,8 @@ def test_both_steps_train_the_same_model_alike(tiny_config):
 
 
 def test_the_chosen_variants_are_timed_against_without(tiny_config):
-  result = overhead.measure(tiny_config(), VOCAB, 3, 2, ["measured", "adaptive both, pairs"])
+  config = tiny_config(**{"model.num_layers": 1})
+  result = overhead.measure(config, VOCAB, 3, 2, ["measured", "adaptive both, pairs"])
   assert list(result) == ["without", "measured", "adaptive both, pairs"]
   assert result["without"]["ratio"] == 1.0
   for r in result.values():
