@@ -122,15 +122,42 @@ def _size(shape: str) -> int:
   )
 
 
+_RANGE = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # device numbers: reshaped, transposed
+_GROUPS_OF_A_RANGE = re.compile(rf"replica_groups=\[(\d+),(\d+)\]<={_RANGE}")
+_GROUPS_OF_A_MESH = re.compile(
+  rf"replica_groups=mesh\[([^]]*)\](?:, device_ids=\({_RANGE}\))? \{{([^}}]*)\}}"
+)
+_LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}")
+
+
+def _numbers(listed: str) -> list[int]:
+  return [int(n) for n in listed.split(",")]
+
+
+def _devices(dims: str, order: str | None) -> np.ndarray:
+  shape = _numbers(dims)
+  devices = np.arange(math.prod(shape)).reshape(shape)
+  return devices.transpose(_numbers(order)) if order else devices
+
+
 def _group(rest: str, num_devices: int) -> list[int]:
-  """The devices of the first group: listed, or as a reshaped and transposed range (v2 form)."""
-  ranged = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
-  if found := re.search(ranged, rest):
-    dims = [int(n) for n in found[3].split(",")]
-    devices = np.arange(math.prod(dims)).reshape(dims)
-    if found[4]:
-      devices = devices.transpose([int(axis) for axis in found[4].split(",")])
-    return devices.reshape(int(found[1]), int(found[2]))[0].tolist()
-  if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", rest):
-    return [int(n) for n in found[1].split(",")]
-  return list(range(num_devices))
+  """The devices of the first group, in any of the ways in which XLA writes them down.
+
+  Listed; as a reshaped and transposed range, cut into groups; or as a mesh of such a range and the
+  names of those of its axes along which a group lies.
+  """
+  if found := _LISTED_GROUPS.search(rest):
+    return _numbers(found[1])
+  if found := _GROUPS_OF_A_RANGE.search(rest):
+    return _devices(found[3], found[4]).reshape(int(found[1]), int(found[2]))[0].tolist()
+  if found := _GROUPS_OF_A_MESH.search(rest):
+    axes, dims, order, along = found.groups()
+    sizes = {name: int(n) for name, n in re.findall(r"('\w+')=(\d+)", axes)}
+    named = along.split(",")
+    if set(named) <= sizes.keys():
+      devices = _devices(dims or str(math.prod(sizes.values())), order)
+      first = tuple(slice(None) if name in named else 0 for name in sizes)
+      return devices.reshape(list(sizes.values()))[first].ravel().tolist()
+  if "replica_groups={}" in rest or "replica_groups" not in rest:
+    return list(range(num_devices))
+  raise ValueError(f"groups of devices that are not understood: {rest.strip()[:120]}")

@@ -53,11 +53,28 @@ def test_a_loop_of_unknown_length_is_refused():
     ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", 2, 3),  # {0,2}, {1,3}, ...
     ("replica_groups={{0,3,6},{1,4,7}}", 3, 7),
     ("channel_id=1", 8, 8),
+    ("replica_groups={}, to_apply=%add", 8, 8),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add", 4, 4),  # {0,1,2,3}, ...
+    ("replica_groups=mesh['a'=2,'b'=4] {'a'}", 2, 5),  # {0,4}, ...
+    # Along b, one of 2 in c: the columns of [[0,1,2,3], [4,5,6,7]] are c's.
+    ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}", 4, 4),
+    ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", 2, 5),
+    ("replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([8]) {'a','c'}", 4, 6),  # {0,1,4,5}
   ],
 )
 def test_who_talks_to_whom(groups, devices, span):
   line = f"ENTRY %main (x: f32[4]) -> f32[4] {{\n  ROOT %r = f32[4] all-reduce(%x), {groups}\n}}"
   assert collectives(line, num_devices=8) == [Collective("all-reduce", devices, span, 16, 1)]
+
+
+@pytest.mark.parametrize(
+  "groups", ["replica_groups=@groups", "replica_groups=mesh['a'=8] {'a':(1)4}, to_apply=%add"]
+)
+def test_groups_in_words_that_are_not_known_are_refused(groups):
+  """They were once taken for all devices, and a link within a node for the network."""
+  line = f"ENTRY %main (x: f32[4]) -> f32[4] {{\n  ROOT %r = f32[4] all-reduce(%x), {groups}\n}}"
+  with pytest.raises(ValueError, match="groups of devices that are not understood: , replica_gr"):
+    collectives(line, num_devices=8)
 
 
 @pytest.mark.parametrize(
