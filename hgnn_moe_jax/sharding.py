@@ -1,7 +1,7 @@
 """Where arrays lie on many devices: one mesh with the axes data, expert and model.
 
 Parameters name their axes where they are declared (`models.layers.named`), activations where they
-are made (`constrain`); this module says which mesh axis each name is split over. Everything else,
+are made (`layout.constrain`); this module says which mesh axis each name is split over. All else,
 collectives included, is XLA's partitioner (GSPMD, Xu et al. 2021, arXiv 2105.04663). Results are
 those of one device but for rounding.
 
@@ -73,28 +73,6 @@ def _mesh(data: int, config: MeshConfig) -> Mesh:
 def using(mesh: Mesh | None) -> AbstractContextManager[Any]:
   """A context in which functions are traced and run on this mesh; without one, on one device."""
   return nullcontext() if mesh is None else jax.set_mesh(mesh)
-
-
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """x, split over these mesh axes where there is a mesh; the remaining axes are not split.
-
-  An axis that cannot be divided evenly is not split either.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return x
-  spec = [a if a and x.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(axes)]
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
-
-
-def on_mesh() -> bool:
-  """Whether the function that is being traced will run on several devices."""
-  return not jax.sharding.get_abstract_mesh().empty
-
-
-def data_shards() -> int:
-  """Number of parts that a batch is split into while a function is traced; 1 without a mesh."""
-  return jax.sharding.get_abstract_mesh().shape["data"] if on_mesh() else 1
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

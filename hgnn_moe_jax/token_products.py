@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from hgnn_moe_jax import device, token_kernels
+from hgnn_moe_jax.layout import constrain, on_mesh
 from hgnn_moe_jax.token_sums import token_sum
 
 SAVED = "token products"  # Their name for a policy of rematerialisation: small, and dear to make.
@@ -23,12 +24,11 @@ _MOST_WRITTEN_OUT = 8
 
 
 def _few(num_experts: int) -> bool:
-  return num_experts <= _MOST_WRITTEN_OUT and jax.sharding.get_abstract_mesh().empty
+  return num_experts <= _MOST_WRITTEN_OUT and not on_mesh()
 
 
 def _on_gpu(shape_GEND: tuple[int, ...]) -> bool:
-  alone = jax.sharding.get_abstract_mesh().empty
-  return alone and token_kernels.fits(shape_GEND) and device.has_ampere_kernels()
+  return not on_mesh() and token_kernels.fits(shape_GEND) and device.has_ampere_kernels()
 
 
 def _rows(a: jax.Array) -> jax.Array:
@@ -43,7 +43,10 @@ def mix(operator_EEBT: jax.Array, h_EBTD: jax.Array) -> jax.Array:
     operator_GEEN = operator_EEBT.reshape(1, *operator_EEBT.shape[:2], -1)
     return token_kernels.mix(operator_GEEN, _rows(h_EBTD)).reshape(h_EBTD.shape)
   if not _few(h_EBTD.shape[0]):
-    return _einsum("ijBT,jBTD->iBTD", operator_EEBT, h_EBTD)
+    # The receivers' rows lie with the receivers: what they add up is then complete.
+    operator_EEBT = constrain(operator_EEBT, "expert", None, "data", None)
+    mixed_EBTD = _einsum("ijBT,jBTD->iBTD", operator_EEBT, _gathered(h_EBTD))
+    return constrain(mixed_EBTD, "expert", "data", None, None)
   mixed_EBTD = operator_EEBT[:, 0, :, :, None] * h_EBTD[None, 0]
   for j in range(1, h_EBTD.shape[0]):
     mixed_EBTD += operator_EEBT[:, j, :, :, None] * h_EBTD[None, j]
@@ -56,7 +59,7 @@ def products(a_EBTD: jax.Array, b_EBTD: jax.Array) -> jax.Array:
   if _on_gpu(_rows(a_EBTD).shape):
     return _by_token(token_kernels.products(_rows(a_EBTD), _rows(b_EBTD)), a_EBTD)
   if not _few(a_EBTD.shape[0]):
-    return _einsum("iBTD,jBTD->ijBT", a_EBTD, b_EBTD, preferred_element_type=jnp.float32)
+    return _einsum("iBTD,jBTD->ijBT", _gathered(a_EBTD), b_EBTD, preferred_element_type=jnp.float32)
   experts = range(a_EBTD.shape[0])
   return jnp.stack([jnp.stack([_dot(a_EBTD[i], b_EBTD[j]) for j in experts]) for i in experts])
 
@@ -110,12 +113,22 @@ def _dot(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
   return jnp.sum(x_BTD.astype(jnp.float32) * y_BTD.astype(jnp.float32), axis=-1)
 
 
+def _gathered(a_EBTD: jax.Array) -> jax.Array:
+  """All experts' vectors on every device that has their tokens, where experts lie apart.
+
+  Left to itself the partitioner multiplies what each device has, and sums the results of all
+  experts over the devices: that moves twice as much.
+  """
+  return constrain(a_EBTD, None, "data", None, None)
+
+
 def _kept(products: jax.Array) -> jax.Array:
   return checkpoint_name(products, SAVED)
 
 
 def _mix_backward(residuals, cotangent_EBTD):
   operator_EEBT, h_EBTD = residuals
+  cotangent_EBTD = _gathered(cotangent_EBTD)
   by_pair_EEBT = products(cotangent_EBTD, h_EBTD).astype(operator_EEBT.dtype)
   return by_pair_EEBT, mix(jnp.swapaxes(operator_EEBT, 0, 1), cotangent_EBTD)
 
@@ -137,9 +150,11 @@ def _gram_backward(residuals, cotangent_EEBT):
     total_ED = token_sum(grad_EBTD, 1)
   else:
     grad_EBTD = mix(both_ways_EEBT, _centred(a_EBTD, mean_ED))
-    # The sum over tokens of what has just been made, but not from it.
-    total_ED = _einsum("ijBT,jBTD->iD", both_ways_EEBT, a_EBTD.astype(jnp.float32))
-    total_ED -= _einsum("ij,jD->iD", both_ways_EEBT.sum((2, 3)), mean_ED)
+    if on_mesh():
+      total_ED = token_sum(grad_EBTD, 1)
+    else:  # The same sum, but not from what has just been made.
+      total_ED = _einsum("ijBT,jBTD->iD", both_ways_EEBT, a_EBTD.astype(jnp.float32))
+      total_ED -= _einsum("ij,jD->iD", both_ways_EEBT.sum((2, 3)), mean_ED)
   # a's part in its mean.
   grad_EBTD = grad_EBTD - share_BT[None, :, :, None] * total_ED[:, None, None]
   grad_share_BT = -_einsum("EBTD,ED->BT", a_EBTD.astype(jnp.float32), total_ED)

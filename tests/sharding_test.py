@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from hgnn_moe_jax import sharding
+from hgnn_moe_jax import layout, sharding
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.errors import ConfigError
 from hgnn_moe_jax.training.assembly import assemble_sized
@@ -129,11 +129,11 @@ def test_a_trained_model_takes_the_devices_there_are(count, fields, shape, devic
 
 def test_a_mesh_is_used_where_there_is_one():
   with sharding.using(None):
-    assert not sharding.on_mesh()
+    assert not layout.on_mesh()
   one = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
   with sharding.using(one):
-    assert sharding.on_mesh()
-  assert not sharding.on_mesh()
+    assert layout.on_mesh()
+  assert not layout.on_mesh()
 
 
 def test_processes_that_cut_a_part_of_the_data_in_two_are_refused(devices):
@@ -210,9 +210,9 @@ def test_like_named_arrays_of_another_shape_are_kept_whole():
 
 def test_without_a_mesh_nothing_is_constrained():
   x = np.ones((4, 4), np.float32)
-  assert sharding.constrain(x, "data", None) is x
-  assert not sharding.on_mesh() and sharding.data_shards() == 1
-  assert "sharding" not in str(jax.make_jaxpr(lambda a: sharding.constrain(a, "data"))(x))
+  assert layout.constrain(x, "data", None) is x
+  assert not layout.on_mesh() and layout.shards("data", "expert") == 1
+  assert "sharding" not in str(jax.make_jaxpr(lambda a: layout.constrain(a, "data"))(x))
 
 
 def test_factored_moments_do_not_confuse_the_layout():

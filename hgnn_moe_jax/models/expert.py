@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from hgnn_moe_jax.config import ModelConfig
+from hgnn_moe_jax.layout import constrain, shards
 from hgnn_moe_jax.models import attention, token_groups
 from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.layers import (
@@ -29,7 +30,6 @@ from hgnn_moe_jax.models.layers import (
   spread,
 )
 from hgnn_moe_jax.models.routing import Route
-from hgnn_moe_jax.sharding import constrain, data_shards
 from hgnn_moe_jax.token_sums import on_tokens
 
 
@@ -97,9 +97,11 @@ class ExpertBlocks(nn.Module):
     bias_ESNH = bias + jnp.einsum("ED,EDSNH->ESNH", norm_bias_ED, kernel)
     kernel = kernel * norm_scale_ED[:, :, None, None, None]
     kernel_DESNH = jnp.einsum("EDSNH->DESNH", kernel)
+    kernel_DESNH = constrain(kernel_DESNH, None, "expert", None, "model", None)
     B, T = x_BTD.shape[:2]
     qkv_BTESNH = project_all(normalize(x_BTD).astype(self.dtype), kernel_DESNH)
     qkv_BTESNH = qkv_BTESNH + on_tokens(bias_ESNH, (B, T), 0, self.dtype)
+    qkv_BTESNH = constrain(qkv_BTESNH, "data", None, "expert", None, "model", None)
     q, k, v = (part.reshape(B, T, E * N, H) for part in jnp.split(qkv_BTESNH, 3, axis=3))
     if c.positions == "rotary":
       q, k = attention.rotate(q, position_BT), attention.rotate(k, position_BT)
@@ -189,10 +191,10 @@ def _feed_chosen(
     return groups.scatter(outer_GSD + on_tokens(out_bias_GD, places, 1, dtype), E)
 
   # Each device sorts its own rows.
-  shards = data_shards() if B % data_shards() == 0 else 1
-  hidden_EsND = hidden_EBTD.reshape(E, shards, -1, D)
-  chosen_EsN = jnp.moveaxis(route.chosen_BTE, -1, 0).reshape(E, shards, -1)
-  if shards == 1:
+  parts = shards("data") if B % shards("data") == 0 else 1
+  hidden_EsND = hidden_EBTD.reshape(E, parts, -1, D)
+  chosen_EsN = jnp.moveaxis(route.chosen_BTE, -1, 0).reshape(E, parts, -1)
+  if parts == 1:
     fed_EsND = part(hidden_EsND[:, 0], chosen_EsN[:, 0])
   else:
     fed_EsND = jax.vmap(part, in_axes=1, out_axes=1, spmd_axis_name="data")(hidden_EsND, chosen_EsN)

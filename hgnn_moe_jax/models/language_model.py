@@ -14,13 +14,13 @@ import jax.numpy as jnp
 
 from hgnn_moe_jax import device, token_products
 from hgnn_moe_jax.config import ModelConfig
+from hgnn_moe_jax.layout import constrain, on_mesh, shards
 from hgnn_moe_jax.models import head
 from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.coupling import Coupler
 from hgnn_moe_jax.models.expert import ExpertBlocks, matrices
 from hgnn_moe_jax.models.layers import LayerNorm, Named, dropout, fan_in_normal, named
 from hgnn_moe_jax.models.routing import Pool, Router
-from hgnn_moe_jax.sharding import constrain, data_shards, on_mesh
 
 Params = dict[str, Any]
 # (updates_EBTD, weights_BT) -> a pytree of arrays, the same for every layer.
@@ -114,7 +114,7 @@ class CoupledLayer(nn.Module):
       ffn_load_LE=jnp.full(E, 1 / E, jnp.float32) if route is None else route.load_E,
       balance_L=jnp.ones((), jnp.float32) if route is None else route.balance,
     )
-    return x_BTD + z_BTD, aux
+    return constrain(x_BTD + z_BTD, "data", None, None), aux
 
 
 def _share(y_EBTD: jax.Array, gate_BTE: jax.Array, z_BTD: jax.Array) -> jax.Array:
@@ -334,9 +334,12 @@ def build(
     return head_logits(params, x_BTD), reading
 
   def loss(params, x_BTD, targets_BT, weights_BT) -> jax.Array:
-    shards = data_shards()
+    # Experts that share a device's rows would all do the same here; so each takes a part of them.
+    axes = ("data", "expert") if targets_BT.size % shards("data", "expert") == 0 else ("data",)
+    parts = shards(*axes)
     x_sND, target_sN, weight_sN = (
-      a.reshape(shards, -1, *a.shape[2:]) for a in (x_BTD, targets_BT, weights_BT)
+      constrain(a.reshape(parts, -1, *a.shape[2:]), axes, *[None] * (a.ndim - 1))
+      for a in (x_BTD, targets_BT, weights_BT)
     )
     rows = head.chunk_rows(x_sND.shape[1], vocab_size)
 
@@ -345,10 +348,10 @@ def build(
       kernel_DV = head_kernel(params)
       return head.linear_cross_entropy(x_ND, kernel_DV, target_N, weight_N, rows, dtype)
 
-    if shards == 1:
+    if parts == 1:
       return part(x_sND[0], target_sN[0], weight_sN[0])
     # Each device goes through the chunks of its own rows and sums the kernel's gradient once.
-    return jax.vmap(part, spmd_axis_name="data")(x_sND, target_sN, weight_sN).sum()
+    return jax.vmap(part, spmd_axis_name=axes)(x_sND, target_sN, weight_sN).sum()
 
   def expert_matrices(params, target, stored=False):
     return matrices(params["layers"]["experts"], target, stored)

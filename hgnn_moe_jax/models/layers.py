@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hgnn_moe_jax.sharding import on_mesh
+from hgnn_moe_jax.layout import on_mesh
 from hgnn_moe_jax.token_sums import on_tokens
 
 _NORM_EPSILON = 1e-5

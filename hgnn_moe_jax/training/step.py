@@ -13,9 +13,9 @@ from hgnn_moe_jax import device, extensions
 from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.control.base import Controller, Observation, Strengths
 from hgnn_moe_jax.data.examples import Batch, Examples, gather
+from hgnn_moe_jax.layout import constrain
 from hgnn_moe_jax.models.language_model import LanguageModel, Params
 from hgnn_moe_jax.orthogonality import gram, outputs, weights
-from hgnn_moe_jax.sharding import constrain
 from hgnn_moe_jax.training.state import StepRecord, TrainState
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepRecord]]
