@@ -43,9 +43,11 @@ def mix(operator_EEBT: jax.Array, h_EBTD: jax.Array) -> jax.Array:
     operator_GEEN = operator_EEBT.reshape(1, *operator_EEBT.shape[:2], -1)
     return token_kernels.mix(operator_GEEN, _rows(h_EBTD)).reshape(h_EBTD.shape)
   if not _few(h_EBTD.shape[0]):
-    # The receivers' rows lie with the receivers: what they add up is then complete.
+    # On a mesh a receiver's device adds up all that it hears. Left to itself the partitioner lets
+    # each device add up its own senders, for all receivers, and sums over the devices: that moves
+    # twice as much.
     operator_EEBT = constrain(operator_EEBT, "expert", None, "data", None)
-    mixed_EBTD = _einsum("ijBT,jBTD->iBTD", operator_EEBT, _gathered(h_EBTD))
+    mixed_EBTD = _einsum("ijBT,jBTD->iBTD", operator_EEBT, h_EBTD)
     return constrain(mixed_EBTD, "expert", "data", None, None)
   mixed_EBTD = operator_EEBT[:, 0, :, :, None] * h_EBTD[None, 0]
   for j in range(1, h_EBTD.shape[0]):
@@ -59,7 +61,7 @@ def products(a_EBTD: jax.Array, b_EBTD: jax.Array) -> jax.Array:
   if _on_gpu(_rows(a_EBTD).shape):
     return _by_token(token_kernels.products(_rows(a_EBTD), _rows(b_EBTD)), a_EBTD)
   if not _few(a_EBTD.shape[0]):
-    return _einsum("iBTD,jBTD->ijBT", _gathered(a_EBTD), b_EBTD, preferred_element_type=jnp.float32)
+    return _einsum("iBTD,jBTD->ijBT", a_EBTD, b_EBTD, preferred_element_type=jnp.float32)
   experts = range(a_EBTD.shape[0])
   return jnp.stack([jnp.stack([_dot(a_EBTD[i], b_EBTD[j]) for j in experts]) for i in experts])
 
@@ -113,22 +115,12 @@ def _dot(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
   return jnp.sum(x_BTD.astype(jnp.float32) * y_BTD.astype(jnp.float32), axis=-1)
 
 
-def _gathered(a_EBTD: jax.Array) -> jax.Array:
-  """All experts' vectors on every device that has their tokens, where experts lie apart.
-
-  Left to itself the partitioner multiplies what each device has, and sums the results of all
-  experts over the devices: that moves twice as much.
-  """
-  return constrain(a_EBTD, None, "data", None, None)
-
-
 def _kept(products: jax.Array) -> jax.Array:
   return checkpoint_name(products, SAVED)
 
 
 def _mix_backward(residuals, cotangent_EBTD):
   operator_EEBT, h_EBTD = residuals
-  cotangent_EBTD = _gathered(cotangent_EBTD)
   by_pair_EEBT = products(cotangent_EBTD, h_EBTD).astype(operator_EEBT.dtype)
   return by_pair_EEBT, mix(jnp.swapaxes(operator_EEBT, 0, 1), cotangent_EBTD)
 

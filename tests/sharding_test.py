@@ -1,5 +1,10 @@
 """Which mesh axis each array's axes are split over; no devices are needed for that."""
 
+import json
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,3 +230,61 @@ def test_factored_moments_do_not_confuse_the_layout():
   found = sharding.state_shardings(MESH, state, params, where)
   for leaf, s in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
     assert len(s.spec) in (0, leaf.ndim)
+
+
+@pytest.mark.parametrize(("length", "parts"), [(6, 4), (5, 2)])
+def test_the_heads_rows_are_shared_by_all_that_hold_them(length, parts):
+  """Over data x expert; over data alone where the rows do not come out even."""
+  c = config(model__embed_dim=16, model__max_length=length).validate()
+  model = assemble_sized(c, 64, 4).model
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  rows = jax.ShapeDtypeStruct((2, length), jnp.int32)
+  weights = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
+  x_BTD = jax.ShapeDtypeStruct((*rows.shape, 16), jnp.float32)
+  with jax.sharding.use_abstract_mesh(MESH):
+    traced = str(jax.make_jaxpr(model.loss)(params, x_BTD, rows, weights))
+  assert f"f32[{parts},{2 * length // parts},64] = dot_general" in traced
+
+
+_COMPILE = """
+import json, sys, jax
+jax.config.update("jax_num_cpu_devices", 8)
+from benchmarks import scaling
+from hgnn_moe_jax.config import Config
+config = Config.from_dict(json.load(sys.stdin))
+found = scaling.compile_cell(config, 256, (2, 4, 1))["collectives"]
+print(json.dumps([(c.kind, c.devices, c.bytes, c.times) for c in found]))
+"""
+
+
+def test_experts_vectors_are_gathered_and_neither_they_nor_logits_are_summed():
+  """On 2 x 4 devices. Left to itself the partitioner chose to sum arrays as large as these."""
+  B, T, D, E, V = 8, 128, 16, 4, 256
+  fields = {
+    "model.embed_dim": D,
+    "model.num_layers": 5,
+    "model.num_heads": 2,
+    "model.num_experts": E,
+    "model.max_length": T,
+    "model.ffn_multiplier": 1,
+    "model.coupler_layers": 1,
+    "training.batch_size": B,
+    "training.steps": 5,
+    "orthogonality.output_strength": 0.1,
+    "mesh.fsdp": True,
+  }
+  done = subprocess.run(
+    [sys.executable, "-c", _COMPILE],
+    input=json.dumps(with_fields(Config(), fields).to_dict()),
+    capture_output=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parent.parent,
+  )
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  experts, logits = 4 * E * (B // 2) * T * D, 4 * (B // 2) * (T // 4) * V
+  sums = [size for kind, _, size, _ in found if kind == "all-reduce"]
+  assert max(sums) < min(experts, logits)
+  # Messages and overlap, each forward and backward, and messages once more for the gradient.
+  gathers = [entry for entry in found if entry[0] == "all-gather" and entry[2] >= experts]
+  assert gathers == [["all-gather", 4, experts, 5]] * 5

@@ -114,7 +114,7 @@ class CoupledLayer(nn.Module):
       ffn_load_LE=jnp.full(E, 1 / E, jnp.float32) if route is None else route.load_E,
       balance_L=jnp.ones((), jnp.float32) if route is None else route.balance,
     )
-    return constrain(x_BTD + z_BTD, "data", None, None), aux
+    return x_BTD + z_BTD, aux
 
 
 def _share(y_EBTD: jax.Array, gate_BTE: jax.Array, z_BTD: jax.Array) -> jax.Array:
