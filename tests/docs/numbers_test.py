@@ -84,6 +84,21 @@ def test_a_benchmarks_table_is_the_measured_one(name, benchmark, where):
   assert benchmark.table(result["measurements"]) in page(where)
 
 
+def test_what_was_done_about_the_traffic_is_the_measured():
+  found = {}
+  for name in ("scaling_before", "scaling"):
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    for m in result["measurements"]:
+      low, high = m["predicted_seconds"]["H100"]
+      told = (f"{sum(m['sent_bytes'].values()) / 1e9:.1f}", f"{low:.2f} to {high:.2f}")
+      found.setdefault((m["shape"], " x ".join(map(str, m["mesh"]))), []).append(told)
+  table = [row for row in rows(page("scaling.md"), "large|10b") if len(row) == 6]
+  assert len(table) == 4
+  for shape, mesh, *told in table:
+    (sent, seconds), (sent_now, seconds_now) = found[shape, mesh]
+    assert told == [sent, sent_now, seconds, seconds_now]
+
+
 def test_the_originals_headline_is_the_measured_one():
   result = json.loads((ROOT / "benchmarks" / "results" / "original_h200.json").read_text())
   table = rows(page("from-the-seed.md"), r"4[23]")
