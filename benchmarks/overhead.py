@@ -23,9 +23,8 @@ from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.data.examples import Batch
 from hgnn_moe_jax.models import language_model
 from hgnn_moe_jax.training import optimizer as optimizers
-from hgnn_moe_jax.training.assembly import build_model, make_controller
+from hgnn_moe_jax.training.assembly import assemble_sized
 from hgnn_moe_jax.training.records import environment, write_json
-from hgnn_moe_jax.training.step import make_init, make_train_step
 
 _ADAPTIVE = {
   "orthogonality.weight_strength": 0.0,
@@ -71,13 +70,8 @@ def step_without(config: Config, vocab_size: int) -> tuple[Step, Any]:
 
 def step_with(config: Config, vocab_size: int) -> tuple[Step, Any]:
   """The training step of a run of this config, and its state."""
-  model = build_model(config, vocab_size)
-  params = jax.eval_shape(model.init, jax.random.key(0))
-  learning_rate = optimizers.learning_rate_schedule(config.training, 1000)
-  optimizer = optimizers.build(config.training, learning_rate, params)
-  controller = make_controller(config, 1000)
-  state = make_init(model, optimizer, controller)(config.seed)
-  return make_train_step(model, optimizer, controller, learning_rate, config), state
+  a = assemble_sized(config, vocab_size, 1000)
+  return a.train_step, a.init_state(config.seed)
 
 
 def random_batch(config: Config, vocab_size: int) -> Batch:

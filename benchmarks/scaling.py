@@ -29,7 +29,6 @@ from hgnn_moe_jax.data.examples import Batch
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.training.assembly import assemble_sized
 from hgnn_moe_jax.training.records import environment, write_json
-from hgnn_moe_jax.training.step import make_train_step
 
 _MOST_DEVICES = 256
 
@@ -76,12 +75,12 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
   mesh = Mesh(grid, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
   with jax.set_mesh(mesh):
     a = assemble_sized(config, vocab_size, config.training.steps, mesh)
-    step = make_train_step(a.model, a.optimizer, a.controller, a.learning_rate, config)
     rows = (config.training.batch_size, config.model.max_length)
     where = sharding.batch_rows(mesh, leading=0)
     ids = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=where)
     weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=where)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(a.shardings, sharding.replicated(mesh)))
+    out = (a.shardings, sharding.replicated(mesh))
+    jitted = jax.jit(a.train_step, donate_argnums=0, out_shardings=out)
     started = time.perf_counter()
     compiled = jitted.lower(a.abstract_state, Batch(ids, ids, weights)).compile()
   memory: Any = compiled.memory_analysis()

@@ -30,15 +30,15 @@ from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.flops import matmul_flops
-from benchmarks.overhead import step_with
 from hgnn_moe_jax import cli
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.data.examples import place, stream_examples
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.models import language_model
 from hgnn_moe_jax.sweep import parse_grid
+from hgnn_moe_jax.training.assembly import assemble_sized
 from hgnn_moe_jax.training.records import environment, write_json
-from hgnn_moe_jax.training.step import Feed, as_count, make_dispatch
+from hgnn_moe_jax.training.step import Feed, as_count
 
 EVERYWHERE = {
   "training.steps": 1000,
@@ -151,11 +151,11 @@ def dispatch_of(config: Config, vocab_size: int) -> tuple[Any, Any, Feed]:
     config.training.batch_size,
     config.training.steps_per_dispatch,
   )
-  step, state = step_with(config, vocab_size)
+  a = assemble_sized(config, vocab_size, config.training.steps)
   tokens = np.random.default_rng(0).integers(0, vocab_size, 4 * B * T + 1).astype(np.int32)
   examples, _ = place(stream_examples(tokens, T), "device")
   rows_KB = np.arange(K * B, dtype=np.int32).reshape(K, B) % examples.num_examples
-  return make_dispatch(step, K, T, 0), state, Feed(examples, rows_KB, None)
+  return a.dispatch, a.init_state(config.seed), Feed(examples, rows_KB, None)
 
 
 @dataclasses.dataclass

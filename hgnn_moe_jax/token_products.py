@@ -144,7 +144,7 @@ def _gram_backward(residuals, cotangent_EEBT):
     grad_EBTD = mix(both_ways_EEBT, _centred(a_EBTD, mean_ED))
     if on_mesh():
       total_ED = token_sum(grad_EBTD, 1)
-    else:  # The same sum, but not from what has just been made.
+    else:  # The same sum, but not from grad_EBTD, which XLA would then write down and keep.
       total_ED = _einsum("ijBT,jBTD->iD", both_ways_EEBT, a_EBTD.astype(jnp.float32))
       total_ED -= _einsum("ij,jD->iD", both_ways_EEBT.sum((2, 3)), mean_ED)
   # a's part in its mean.

@@ -16,7 +16,7 @@ from hgnn_moe_jax.data.examples import place, stream_examples
 from hgnn_moe_jax.models import attention, head, language_model
 from hgnn_moe_jax.orthogonality import outputs
 from hgnn_moe_jax.training.assembly import assemble_sized
-from hgnn_moe_jax.training.step import Feed, as_count, make_dispatch, make_train_step
+from hgnn_moe_jax.training.step import Feed, as_count
 
 pytestmark = pytest.mark.skipif(
   not device.has_ampere_kernels(), reason="no NVIDIA GPU of compute capability 8 or more"
@@ -168,10 +168,6 @@ def test_what_is_computed_again_changes_nothing(layers, monkeypatch):
 def test_steps_need_no_host_and_repeat():
   config = _config()
   assembly = assemble_sized(config, V, 100)
-  step = make_train_step(
-    assembly.model, assembly.optimizer, assembly.controller, assembly.learning_rate, config
-  )
-  dispatch = make_dispatch(step, 4, T, 0)
   tokens = np.random.default_rng(0).integers(0, V, 16 * T + 1).astype(np.int32)
   examples, _ = place(stream_examples(tokens, T), "device")
 
@@ -182,11 +178,11 @@ def test_steps_need_no_host_and_repeat():
       rows = jnp.asarray((np.arange(4 * B) + start).reshape(4, B) % 16, jnp.int32)
       n = jnp.asarray(as_count(4))
       with jax.transfer_guard("disallow"):
-        state, records = dispatch(state, Feed(examples, rows, None), n)
+        state, records = assembly.dispatch(state, Feed(examples, rows, None), n)
       found += np.asarray(records.lm_loss).tolist()
     return found
 
   first = losses()
   assert first[-1] < first[0]
-  assert dispatch._cache_size() == 1
+  assert assembly.dispatch._cache_size() == 1
   np.testing.assert_allclose(losses(), first, rtol=1e-3)  # Sums come in another order every time.

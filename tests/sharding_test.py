@@ -1,4 +1,4 @@
-"""Which mesh axis each array's axes are split over; no devices are needed for that."""
+"""Which mesh axis each array's axes are split over, and what travels because of it."""
 
 import json
 import pathlib

@@ -334,7 +334,7 @@ def build(
     return head_logits(params, x_BTD), reading
 
   def loss(params, x_BTD, targets_BT, weights_BT) -> jax.Array:
-    # Experts that share a device's rows would all do the same here; so each takes a part of them.
+    # Devices that hold the same rows, for other experts, would do the same here: they share them.
     axes = ("data", "expert") if targets_BT.size % shards("data", "expert") == 0 else ("data",)
     parts = shards(*axes)
     x_sND, target_sN, weight_sN = (

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -57,15 +58,18 @@ class Assembly:
     return step.make_init(self.model, self.optimizer, self.controller, self.shardings)
 
   @functools.cached_property
-  def dispatch(self) -> Callable[..., Any]:
-    """See `step.make_train_step` and `step.make_dispatch`."""
-    c = self.config
-    train_step = step.make_train_step(
-      self.model, self.optimizer, self.controller, self.learning_rate, c
+  def train_step(self) -> step.TrainStep:
+    """See `step.make_train_step`."""
+    return step.make_train_step(
+      self.model, self.optimizer, self.controller, self.learning_rate, self.config
     )
+
+  @functools.cached_property
+  def dispatch(self) -> Any:
+    """Jitted, see `step.make_dispatch`."""
     where = None if self.mesh is None else (self.shardings, sharding.replicated(self.mesh))
-    size, length = c.training.steps_per_dispatch, c.model.max_length
-    return step.make_dispatch(train_step, size, length, self.fill, where)
+    size, length = self.config.training.steps_per_dispatch, self.config.model.max_length
+    return step.make_dispatch(self.train_step, size, length, self.fill, where)
 
   @property
   def shardings(self) -> Any:
@@ -113,12 +117,11 @@ def assemble_sized(
     fill: the token id that pads.
   """
   config = with_fields(config, _OF_THE_RUN)  # A copy, which nobody will change.
-  fields = {field: field.split(".") for field in extensions.FIELDS}
-  paths = {field: getattr(getattr(config, group), name) for field, (group, name) in fields.items()}
+  named = {field: operator.attrgetter(field)(config) for field in extensions.FIELDS}
   brought = tuple(
-    _Itself(extensions.load(field, path))
-    for field, path in paths.items()
-    if extensions.is_path(path)
+    _Itself(extensions.load(field, name))
+    for field, name in named.items()
+    if extensions.is_path(name)
   )
   return _assembled(config, vocab_size, total, mesh, fill, brought)
 

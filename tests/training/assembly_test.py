@@ -32,8 +32,7 @@ def test_another_seed_traces_nothing_and_has_its_own_numbers(
   tiny_config, finished, tmp_path, traced, read_metrics
 ):
   """`finished` is the run of another seed; alone, with nothing to share, this one is the same."""
-  config = tiny_config(seed=7)
-  config.name, config.training.log_every = "another", 1
+  config = tiny_config(seed=7, name="another")
   loop.train(config, tmp_path / "shared", quiet=True)
   assert not {"dispatch", "evaluate", "init"} & set(traced)
   with pytest.MonkeyPatch.context() as patch:
@@ -63,7 +62,6 @@ def test_only_what_a_run_alone_reads_is_left_out(tiny_config, monkeypatch):
   """Every other field makes another assembly, those to come as well."""
   monkeypatch.setattr(assembly, "_assembled", lambda *key: key)
   config = tiny_config()
-  config.model.hyperedges = "pairs"
   key = assembly.assemble_sized(config, V, STEPS)
   left_out = set()
   for field, value in _leaves(config).items():
@@ -90,9 +88,7 @@ def test_what_an_assembly_is_made_from_stays(tiny_config):
 
 def test_a_module_that_is_loaded_again_is_another(tiny_config, tmp_path, monkeypatch):
   """A user's function that was edited in a notebook's session is not mistaken for the old one."""
-  source = "import jax.numpy as jnp\n\n\ndef form(w_LEDK):\n  return jnp.zeros({0})\n"
-  path = tmp_path / "brought_along.py"
-  path.write_text(source.format("3"))
+  (tmp_path / "brought_along.py").write_text("def form(w_LEDK):\n  return w_LEDK\n")
   monkeypatch.syspath_prepend(tmp_path)
   config = tiny_config(**{"orthogonality.weight_form": "brought_along:form"})
   made = assembly.assemble_sized(config, V, STEPS)
