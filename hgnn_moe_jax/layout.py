@@ -8,17 +8,43 @@ import math
 import jax
 from jax.sharding import PartitionSpec
 
+FREE = "free"  # of an axis: split as the partitioner sees fit
+
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-  """x, each of its axes split over these axes of the mesh, if there is one; the rest are not split.
+  """x, each of its axes split over these axes of the mesh, if there is one; None is not split.
 
   An axis that cannot be divided evenly is not split either.
   """
   if not on_mesh():
     return x
-  split = [(a,) if isinstance(a, str) else a for a in axes]
-  spec = [a if a and x.shape[i] % shards(*a) == 0 else None for i, a in enumerate(split)]
+  spec = []
+  for size, names in zip(x.shape, axes, strict=True):
+    over = (names,) if isinstance(names, str) else names
+    if over == (FREE,):
+      spec.append(PartitionSpec.UNCONSTRAINED)
+    else:
+      spec.append(over if over and size % shards(*over) == 0 else None)
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def by_token(x: jax.Array, own: int = 0) -> jax.Array:
+  """x [..., B, T, ...] with its tokens split over the whole mesh, and nothing else.
+
+  For what happens token by token, between a split over experts and another. Rows are split over
+  data and each row's tokens over expert and model, as far as that divides them: where mesh.expert
+  does not, x stays as it is.
+
+  Args:
+    x: an array.
+    own: number of its axes before B.
+  """
+  length = x.shape[own + 1]
+  # One after the other: at once, the partitioner brings whole arrays together.
+  for axes in (("expert",), ("expert", "model")):
+    if length % shards(*axes) == 0:
+      x = constrain(x, *[None] * own, "data", axes, *[None] * (x.ndim - own - 2))
+  return x
 
 
 def on_mesh() -> bool:

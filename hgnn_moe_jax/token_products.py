@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from hgnn_moe_jax import device, token_kernels
-from hgnn_moe_jax.layout import constrain, on_mesh
+from hgnn_moe_jax.layout import on_mesh
 from hgnn_moe_jax.token_sums import token_sum
 
 SAVED = "token products"  # Their name for a policy of rematerialisation: small, and dear to make.
@@ -43,12 +43,7 @@ def mix(operator_EEBT: jax.Array, h_EBTD: jax.Array) -> jax.Array:
     operator_GEEN = operator_EEBT.reshape(1, *operator_EEBT.shape[:2], -1)
     return token_kernels.mix(operator_GEEN, _rows(h_EBTD)).reshape(h_EBTD.shape)
   if not _few(h_EBTD.shape[0]):
-    # On a mesh a receiver's device adds up all that it hears. Left to itself the partitioner lets
-    # each device add up its own senders, for all receivers, and sums over the devices: that moves
-    # twice as much.
-    operator_EEBT = constrain(operator_EEBT, "expert", None, "data", None)
-    mixed_EBTD = _einsum("ijBT,jBTD->iBTD", operator_EEBT, h_EBTD)
-    return constrain(mixed_EBTD, "expert", "data", None, None)
+    return _einsum("ijBT,jBTD->iBTD", operator_EEBT, h_EBTD)
   mixed_EBTD = operator_EEBT[:, 0, :, :, None] * h_EBTD[None, 0]
   for j in range(1, h_EBTD.shape[0]):
     mixed_EBTD += operator_EEBT[:, j, :, :, None] * h_EBTD[None, j]
@@ -86,10 +81,10 @@ def gram(a_EBTD: jax.Array, share_BT: jax.Array) -> jax.Array:
 
 
 def share_mean(a_EBTD: jax.Array, share_BT: jax.Array) -> jax.Array:
-  """sum_t share(t) a_i(t): [E, D] float32; each expert's mean if the shares sum to 1."""
-  if jax.default_backend() == "cpu":
-    return _einsum("EBTD,BT->ED", a_EBTD.astype(jnp.float32), share_BT)
-  # XLA would write a once more, in float32 and another order, to multiply it.
+  """sum_t share(t) a_i(t): [E, D] float32; each expert's mean if the shares sum to 1.
+
+  As a product XLA would write a once more, in float32 and another order, to multiply it.
+  """
   return token_sum(a_EBTD.astype(jnp.float32) * share_BT[None, :, :, None], 1)
 
 

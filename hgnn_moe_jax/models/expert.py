@@ -72,7 +72,7 @@ class ExpertBlocks(nn.Module):
     attended_EBTD = dropout(attended_EBTD, self.config.dropout, attention_key)
     attended_EBTD = constrain(attended_EBTD, "expert", "data", None, None)
     stream_EBTD = spread(x_BTD, self.config.num_experts) + attended_EBTD.astype(jnp.float32)
-    hidden_EBTD = normalize(stream_EBTD).astype(self.dtype)
+    hidden_EBTD = constrain(normalize(stream_EBTD).astype(self.dtype), "expert", "data", None, None)
     fed_EBTD = dropout(self._ffn(hidden_EBTD, route), self.config.dropout, ffn_key)
     return constrain(attended_EBTD + fed_EBTD, "expert", "data", None, None), cache
 
@@ -95,28 +95,29 @@ class ExpertBlocks(nn.Module):
       "qkv_bias", named(nn.initializers.zeros, "expert", None, "heads", None), (E, 3, N, H)
     )
     bias_ESNH = bias + jnp.einsum("ED,EDSNH->ESNH", norm_bias_ED, kernel)
-    kernel = kernel * norm_scale_ED[:, :, None, None, None]
+    kernel = (kernel * norm_scale_ED[:, :, None, None, None]).astype(self.dtype)
     kernel_DESNH = jnp.einsum("EDSNH->DESNH", kernel)
     kernel_DESNH = constrain(kernel_DESNH, None, "expert", None, "model", None)
     B, T = x_BTD.shape[:2]
     qkv_BTESNH = project_all(normalize(x_BTD).astype(self.dtype), kernel_DESNH)
     qkv_BTESNH = qkv_BTESNH + on_tokens(bias_ESNH, (B, T), 0, self.dtype)
     qkv_BTESNH = constrain(qkv_BTESNH, "data", None, "expert", None, "model", None)
-    q, k, v = (part.reshape(B, T, E * N, H) for part in jnp.split(qkv_BTESNH, 3, axis=3))
+    q, k, v = (_merge_heads(part.squeeze(3)) for part in jnp.split(qkv_BTESNH, 3, axis=3))
     if c.positions == "rotary":
       q, k = attention.rotate(q, position_BT), attention.rotate(k, position_BT)
     if cache is None:
       mixed_BTGH = attention.causal_attention(q, k, v)
     else:
       mixed_BTGH, cache = attention.cached_attention(q, k, v, cache, position_BT)
-    mixed_BTEX = mixed_BTGH.reshape(B, T, E, N * H)
+    mixed_BTEX = _part_heads(mixed_BTGH, E).reshape(B, T, E, N * H)
     out_EXD = self.param(
       "out_kernel",
       named(fan_in_normal(N * H, self._residual_gain), "expert", "heads", "embed"),
       (E, N * H, D),
     )
     out_bias_ED = self.param("out_bias", named(nn.initializers.zeros, "expert", "embed"), (E, D))
-    attended_EBTD = project_each(jnp.moveaxis(mixed_BTEX, 2, 0), out_EXD)
+    mixed_EBTX = constrain(jnp.moveaxis(mixed_BTEX, 2, 0), "expert", "data", None, "model")
+    attended_EBTD = project_each(mixed_EBTX, out_EXD)
     return attended_EBTD + on_tokens(out_bias_ED, (B, T), 1, self.dtype), cache
 
   def _ffn(self, hidden_EBTD: jax.Array, route: Route | None) -> jax.Array:
@@ -154,6 +155,26 @@ class ExpertBlocks(nn.Module):
     return (2 * self.config.num_layers) ** -0.5
 
 
+def _merge_heads(x_BTENH: jax.Array) -> jax.Array:
+  """The heads of all experts, [B, T, G, H], G = E N: a device's lie side by side.
+
+  In their plain order those of a device that has some of the experts and some of each one's heads
+  would lie apart, and merging the two axes would move them all.
+  """
+  B, T, E, N, H = x_BTENH.shape
+  e, n = shards("expert"), shards("model")
+  x = x_BTENH.reshape(B, T, e, E // e, n, N // n, H).swapaxes(3, 4)
+  return constrain(x.reshape(B, T, E * N, H), "data", None, ("expert", "model"), None)
+
+
+def _part_heads(x_BTGH: jax.Array, num_experts: int) -> jax.Array:
+  """[B, T, E, N, H]: undoes `_merge_heads`."""
+  B, T, G, H = x_BTGH.shape
+  e, n, E = shards("expert"), shards("model"), num_experts
+  x = x_BTGH.reshape(B, T, e, n, E // e, G // E // n, H).swapaxes(3, 4)
+  return constrain(x.reshape(B, T, E, G // E, H), "data", None, "expert", "model", None)
+
+
 class FeedForward(NamedTuple):
   """The experts' two layers; the first one's input is normalised."""
 
@@ -167,6 +188,7 @@ def _feed_all(network: FeedForward, hidden_EBTD: jax.Array) -> jax.Array:
   """Every token through every expert: [E, B, T, D]."""
   tokens, dtype = hidden_EBTD.shape[1:3], hidden_EBTD.dtype
   inner_EBTF = project_each(hidden_EBTD, network.in_EDF)
+  inner_EBTF = constrain(inner_EBTF, "expert", "data", None, "model")
   inner_EBTF = gelu(inner_EBTF + on_tokens(network.in_bias_EF, tokens, 1, dtype))
   outer_EBTD = project_each(inner_EBTF, network.out_EFD)
   return outer_EBTD + on_tokens(network.out_bias_ED, tokens, 1, dtype)
@@ -200,28 +222,3 @@ def _feed_chosen(
     fed_EsND = jax.vmap(part, in_axes=1, out_axes=1, spmd_axis_name="data")(hidden_EsND, chosen_EsN)
   factor_EBT = jnp.moveaxis(route.factor_BTE, -1, 0).astype(dtype)
   return fed_EsND.reshape(E, B, T, D) * factor_EBT[..., None]
-
-
-def matrices(layers: dict, target: str, stored: bool = False) -> dict[str, jax.Array]:
-  """The experts' weight matrices by role, D second last: {role: w_LEDK}.
-
-  Args:
-    layers: the stacked parameters of `ExpertBlocks`, leading axes [L, E].
-    target: "ffn_input" (K = F), "ffn_output" (transposed, K = F), "attention" (two roles: joint
-      queries, keys and values with K = 3 N H, and the output projection transposed, K = N H), or
-      "combined" (all four). Roles are never mixed: their matrices do different work.
-    stored: leave the two sides of a matrix in the order in which they lie in memory.
-  """
-
-  def turned(w_LEKD: jax.Array) -> jax.Array:
-    return w_LEKD if stored else jnp.swapaxes(w_LEKD, -1, -2)
-
-  qkv = layers["qkv_kernel"]
-  roles = {
-    "ffn_input": layers["ffn_in_kernel"],
-    "ffn_output": turned(layers["ffn_out_kernel"]),
-    "attention_input": qkv.reshape(*qkv.shape[:3], -1),
-    "attention_output": turned(layers["out_kernel"]),
-  }
-  chosen = {"attention": ("attention_input", "attention_output"), "combined": tuple(roles)}
-  return {role: roles[role] for role in chosen.get(target, (target,))}

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 
 from hgnn_moe_jax import device, token_products
 from hgnn_moe_jax.config import ModelConfig
-from hgnn_moe_jax.layout import constrain, on_mesh, shards
+from hgnn_moe_jax.layout import by_token, constrain, on_mesh, shards
 from hgnn_moe_jax.models import head
 from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.coupling import Coupler
-from hgnn_moe_jax.models.expert import ExpertBlocks, matrices
+from hgnn_moe_jax.models.expert import ExpertBlocks
 from hgnn_moe_jax.models.layers import LayerNorm, Named, dropout, fan_in_normal, named
+from hgnn_moe_jax.models.matrices import matrices
 from hgnn_moe_jax.models.routing import Pool, Router
 
 Params = dict[str, Any]
@@ -63,7 +64,7 @@ class LanguageModel(NamedTuple):
     number of slots, which is at most max_length.
   loss(params, x_BTD, targets_BT, weights_BT) -> weighted sum of token losses in nats, float32,
     computed without ever holding the logits whole.
-  expert_matrices(params, target, stored) -> {role: w_LEDK}, see `expert.matrices`.
+  expert_matrices(params, target, stored) -> {role: w_LEDK}, see `matrices.matrices`.
   """
 
   init: Callable[[jax.Array], Params]
@@ -98,7 +99,9 @@ class CoupledLayer(nn.Module):
     if self.config.selected_experts:
       route = Router(self.config, name="router")(x_BTD, weights_BT)
     experts = ExpertBlocks(self.config, self.dtype, name="experts")
-    updates_EBTD, cache = experts(x_BTD, position_BT, keys, cache, route)
+    everywhere_BTD = constrain(x_BTD, "data", None, None)
+    updates_EBTD, cache = experts(everywhere_BTD, position_BT, keys, cache, route)
+    updates_EBTD = by_token(updates_EBTD, 1)
     coupled_EBTD = Coupler(self.config, self.dtype, name="coupler")(updates_EBTD)
     z_BTD, gate_BTE = Pool(self.config, name="pool")(coupled_EBTD, x_BTD)
     if cache is not None:
@@ -114,7 +117,7 @@ class CoupledLayer(nn.Module):
       ffn_load_LE=jnp.full(E, 1 / E, jnp.float32) if route is None else route.load_E,
       balance_L=jnp.ones((), jnp.float32) if route is None else route.balance,
     )
-    return x_BTD + z_BTD, aux
+    return by_token(x_BTD + z_BTD), aux
 
 
 def _share(y_EBTD: jax.Array, gate_BTE: jax.Array, z_BTD: jax.Array) -> jax.Array:
@@ -226,8 +229,8 @@ class Network(nn.Module):
       metadata_params={nn.PARTITION_NAME: None},
     )
     layers = scanned(c, self.dtype, self.measure, name="layers")
-    x_BTD, report = layers(x_BTD, position_BT, weights_BT, layer_keys)
-    return LayerNorm(name="final_norm")(x_BTD), report
+    x_BTD, report = layers(by_token(x_BTD), position_BT, weights_BT, layer_keys)
+    return constrain(LayerNorm(name="final_norm")(x_BTD), "data", None, None), report
 
   def _read_layers(
     self, x_BTD: jax.Array, position_BT: jax.Array, weights_BT: jax.Array, caches: Caches

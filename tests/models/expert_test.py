@@ -1,4 +1,4 @@
-"""The experts' blocks against a plain pre-LN transformer; their matrices and their first draw."""
+"""The experts' blocks against a plain pre-LN transformer, and their first draw."""
 
 import re
 
@@ -199,61 +199,6 @@ def test_a_sparse_step_multiplies_less():
   D, F, tokens, layers = 8, 16, 48, 2
   fed = 2 * 2 * D * F * layers  # per token and expert
   assert flops[0] - flops[1] > (4 - 1 - 0.75) * tokens * fed
-
-
-def _experts(D, F, N):
-  """Stacked parameters [L=2, E=3, ...] whose entries are all different."""
-  shapes = {
-    "qkv_kernel": (2, 3, D, 3, N, D // N),
-    "out_kernel": (2, 3, D, D),
-    "ffn_in_kernel": (2, 3, D, F),
-    "ffn_out_kernel": (2, 3, F, D),
-  }
-  return {k: np.arange(np.prod(s), dtype=np.float32).reshape(s) for k, s in shapes.items()}
-
-
-def test_matrices_have_the_model_axis_second_last():
-  D, F, N = 4, 6, 2
-  layers = _experts(D, F, N)
-  combined = expert.matrices(layers, "combined")
-  assert {role: w.shape for role, w in combined.items()} == {
-    "ffn_input": (2, 3, D, F),
-    "ffn_output": (2, 3, D, F),
-    "attention_input": (2, 3, D, 3 * D),
-    "attention_output": (2, 3, D, D),
-  }
-  # Entry by entry: d reads or writes channel d of the stream, the other index is inside.
-  l, e, d, f, s, n, h = 1, 2, 3, 5, 2, 1, 0
-  assert combined["ffn_input"][l, e, d, f] == layers["ffn_in_kernel"][l, e, d, f]
-  assert combined["ffn_output"][l, e, d, f] == layers["ffn_out_kernel"][l, e, f, d]
-  joint = (s * N + n) * (D // N) + h
-  assert combined["attention_input"][l, e, d, joint] == layers["qkv_kernel"][l, e, d, s, n, h]
-  assert combined["attention_output"][l, e, d, 1] == layers["out_kernel"][l, e, 1, d]
-
-
-@pytest.mark.parametrize(
-  ("target", "roles"),
-  [
-    ("ffn_input", {"ffn_input"}),
-    ("ffn_output", {"ffn_output"}),
-    ("attention", {"attention_input", "attention_output"}),
-    ("combined", {"ffn_input", "ffn_output", "attention_input", "attention_output"}),
-  ],
-)
-def test_target_chooses_roles(target, roles):
-  layers = _experts(4, 6, 2)
-  chosen = expert.matrices(layers, target)
-  assert set(chosen) == roles
-  for role, w_LEDK in expert.matrices(layers, "combined").items():
-    if role in roles:
-      np.testing.assert_array_equal(chosen[role], w_LEDK)
-
-
-def test_model_hands_out_its_experts_matrices(random_params):
-  model = _build(_config(2))
-  params = random_params(jax.eval_shape(model.init, jax.random.key(0)))
-  given = model.expert_matrices(params, "ffn_input")["ffn_input"]
-  np.testing.assert_array_equal(given, params["layers"]["experts"]["ffn_in_kernel"])
 
 
 def test_experts_are_drawn_independently_and_to_scale():
