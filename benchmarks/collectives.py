@@ -1,4 +1,9 @@
-"""What a compiled program communicates, read off its HLO text."""
+"""What a compiled program communicates, read off its HLO text.
+
+The CPU backend multiplies float32 only: what it turns into float32 it also sends as float32, and it
+knows no reduce-scatter. With the text of the program as it was right behind the partitioner,
+collectives are counted as a GPU would see them.
+"""
 
 import math
 import re
@@ -31,7 +36,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class Collective(NamedTuple):
-  """One instruction, as often as a call of the program runs it.
+  """One array of one instruction, as often as a call of the program runs it.
 
   Attributes:
     kind: e.g. "all-reduce".
@@ -62,19 +67,45 @@ class Collective(NamedTuple):
     return factor * self.bytes * self.times
 
 
-def collectives(hlo: str, num_devices: int) -> list[Collective]:
+class _Asked(NamedTuple):
+  """How the partitioner wrote an array that is sent: its type, and for a sum whether each device
+  only takes its own part of it, which XLA makes a reduce-scatter of on a GPU."""
+
+  dtype: str
+  scattered: bool
+
+
+def collectives(hlo: str, num_devices: int, partitioned: str = "") -> list[Collective]:
   """All collectives of a program.
 
   Args:
     hlo: `compiled.as_text()`.
     num_devices: of the program; the size of a group that names none.
+    partitioned: the program's text behind the partitioner. An array that it sends by the same
+      kind of collective, with the same number of entries, says how it is counted; where several of
+      these differ, or none is left, it is counted as the compiled program sends it.
 
   Raises:
-    ValueError: a loop that communicates runs an unknown number of times.
+    ValueError: a loop that communicates runs an unknown number of times, or groups of devices are
+      written in an unknown way.
   """
   computations = _computations(hlo)
   entry = next(name for name in computations if name.startswith("ENTRY "))
-  return list(_of(computations, entry, num_devices, times=1))
+  return list(_of(computations, entry, num_devices, _asked(partitioned), times=1))
+
+
+def _asked(partitioned: str) -> dict[tuple[str, int], _Asked]:
+  """(kind, entries) -> how all arrays of this size are written, where they agree."""
+  ways: dict[tuple[str, int], set[_Asked]] = {}
+  for lines in _computations(partitioned).values():
+    for line in lines:
+      if found := _INSTRUCTION.search(line):
+        name = line.split("=")[0].replace("ROOT", "").strip()
+        users = [user for user in lines if re.search(rf"\({re.escape(name)}[,)]", user)]
+        scattered = len(users) == 1 and " dynamic-slice(" in users[0]
+        for dtype, entries in _arrays(found["kind"], found["shape"]):
+          ways.setdefault((found["kind"], entries), set()).add(_Asked(dtype, scattered))
+  return {key: way.pop() for key, way in ways.items() if len(way) == 1}
 
 
 def _computations(hlo: str) -> dict[str, list[str]]:
@@ -91,7 +122,11 @@ def _computations(hlo: str) -> dict[str, list[str]]:
 
 
 def _of(
-  computations: dict[str, list[str]], name: str, num_devices: int, times: int | None
+  computations: dict[str, list[str]],
+  name: str,
+  num_devices: int,
+  asked: dict[tuple[str, int], _Asked],
+  times: int | None,
 ) -> Iterator[Collective]:
   for line in computations.get(name, []):
     if found := _INSTRUCTION.search(line):
@@ -100,26 +135,34 @@ def _of(
       group = _group(found["rest"], num_devices)
       if len(group) > 1:
         span = max(group) - min(group) + 1
-        yield Collective(found["kind"], len(group), span, _size(found["shape"]), times)
+        for dtype, entries in _arrays(found["kind"], found["shape"]):
+          way = asked.get((found["kind"], entries), _Asked(dtype, scattered=False))
+          kind, size = found["kind"], _BYTES[way.dtype] * entries
+          if kind == "all-reduce" and way.scattered:
+            kind, size = "reduce-scatter", size // len(group)
+          yield Collective(kind, len(group), span, size, times)
     elif found := _LOOP.search(line):
       trips = _TRIPS.search(found["rest"])
       inner = times * int(trips[1]) if trips and times is not None else None
-      yield from _of(computations, found["body"], num_devices, inner)
+      yield from _of(computations, found["body"], num_devices, asked, inner)
     else:
       called = _CALL.findall(line)
       for branches in _BRANCHES.findall(line):
         called += [b.strip().lstrip("%") for b in branches.split(",")]
       for callee in called:
-        yield from _of(computations, callee, num_devices, times)
+        yield from _of(computations, callee, num_devices, asked, times)
 
 
-def _size(shape: str) -> int:
-  """Bytes of a shape; of a tuple, of all its parts."""
-  return sum(
-    _BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
+def _arrays(kind: str, shape: str) -> list[tuple[str, int]]:
+  """(type, entries) of each array; one for an all-to-all, which may be written as its pieces."""
+  arrays = [
+    (dtype, math.prod(int(n) for n in dims.split(",") if n))
     for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
     if dtype in _BYTES
-  )
+  ]
+  if kind == "all-to-all" and len({dtype for dtype, _ in arrays}) == 1:
+    return [(arrays[0][0], sum(entries for _, entries in arrays))]
+  return arrays
 
 
 _RANGE = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # device numbers: reshaped, transposed

@@ -12,6 +12,7 @@ bound) or one after the other (upper bound).
 import pathlib
 import re
 import sys
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from hgnn_moe_jax.training.assembly import assemble_sized
 from hgnn_moe_jax.training.records import environment, write_json
 
 _MOST_DEVICES = 256
+_DUMP = {"xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": "spmd-partitioning"}
 
 # Name -> (fields, vocabulary). The batch size is that of one part of the data axis.
 FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
@@ -82,14 +84,18 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
     out = (a.shardings, sharding.replicated(mesh))
     jitted = jax.jit(a.train_step, donate_argnums=0, out_shardings=out)
     started = time.perf_counter()
-    compiled = jitted.lower(a.abstract_state, Batch(ids, ids, weights)).compile()
+    lowered = jitted.lower(a.abstract_state, Batch(ids, ids, weights))
+    with tempfile.TemporaryDirectory() as folder:
+      compiled = lowered.compile(compiler_options={"xla_dump_to": folder, **_DUMP})
+      (partitioned,) = pathlib.Path(folder).glob("*.after_spmd-partitioning.*.txt")
+      partitioned = partitioned.read_text()
   memory: Any = compiled.memory_analysis()
   return {
     "compile_seconds": time.perf_counter() - started,
     "parameters": a.parameters,
     "state_bytes": int(memory.argument_size_in_bytes),
     "temporary_bytes": int(memory.temp_size_in_bytes),
-    "collectives": collectives(str(compiled.as_text()), count),
+    "collectives": collectives(str(compiled.as_text()), count, partitioned),
   }
 
 

@@ -3,7 +3,8 @@
 Few experts' products are written out, pair by pair. As products of matrices they would be very
 small ones, E x D x E for every token, for which XLA's CPU backend moves the experts behind the
 tokens and back again: that took two to three times as long. On one GPU few experts' products come
-from `token_kernels`. Many experts, or experts on several devices, are multiplied by einsum.
+from `token_kernels`. Many experts are multiplied by einsum, and on several devices all are: written
+out, the partitioner splits them in ways that move tokens.
 """
 
 import functools
@@ -81,10 +82,10 @@ def gram(a_EBTD: jax.Array, share_BT: jax.Array) -> jax.Array:
 
 
 def share_mean(a_EBTD: jax.Array, share_BT: jax.Array) -> jax.Array:
-  """sum_t share(t) a_i(t): [E, D] float32; each expert's mean if the shares sum to 1.
-
-  As a product XLA would write a once more, in float32 and another order, to multiply it.
-  """
+  """sum_t share(t) a_i(t): [E, D] float32; each expert's mean if the shares sum to 1."""
+  if jax.default_backend() == "cpu":
+    return _einsum("EBTD,BT->ED", a_EBTD.astype(jnp.float32), share_BT)
+  # XLA would write a once more, in float32 and another order, to multiply it.
   return token_sum(a_EBTD.astype(jnp.float32) * share_BT[None, :, :, None], 1)
 
 

@@ -151,10 +151,9 @@ class Coupler(nn.Module):
     for g in range(c.coupler_layers):
       h_EBTD = LayerNorm(name=f"norm_{g}")(y_EBTD).astype(self.dtype)
       operator = make_operator(c, f"operator_{g}")(h_EBTD)
-      in_DD = self.param(f"in_kernel_{g}", named(fan_in_normal(D), "embed", "hidden"), (D, D))
-      out_DD = self.param(
-        f"out_kernel_{g}", named(fan_in_normal(D, gain), "hidden", "embed"), (D, D)
-      )
+      # Not split over mesh.model: there, each device couples other tokens.
+      in_DD = self.param(f"in_kernel_{g}", named(fan_in_normal(D), "embed", None), (D, D))
+      out_DD = self.param(f"out_kernel_{g}", named(fan_in_normal(D, gain), None, "embed"), (D, D))
       message_EBTD = project(_mix(operator, h_EBTD), in_DD)
       y_EBTD = y_EBTD + project(gelu(message_EBTD), out_DD)
     return y_EBTD

@@ -70,9 +70,8 @@ class ExpertBlocks(nn.Module):
     attention_key, ffn_key = keys if keys is not None else (None, None)
     attended_EBTD, cache = self._attention(x_BTD, position_BT, cache)
     attended_EBTD = dropout(attended_EBTD, self.config.dropout, attention_key)
-    attended_EBTD = constrain(attended_EBTD, "expert", "data", None, None)
     stream_EBTD = spread(x_BTD, self.config.num_experts) + attended_EBTD.astype(jnp.float32)
-    hidden_EBTD = constrain(normalize(stream_EBTD).astype(self.dtype), "expert", "data", None, None)
+    hidden_EBTD = normalize(stream_EBTD).astype(self.dtype)
     fed_EBTD = dropout(self._ffn(hidden_EBTD, route), self.config.dropout, ffn_key)
     return constrain(attended_EBTD + fed_EBTD, "expert", "data", None, None), cache
 
@@ -97,11 +96,9 @@ class ExpertBlocks(nn.Module):
     bias_ESNH = bias + jnp.einsum("ED,EDSNH->ESNH", norm_bias_ED, kernel)
     kernel = (kernel * norm_scale_ED[:, :, None, None, None]).astype(self.dtype)
     kernel_DESNH = jnp.einsum("EDSNH->DESNH", kernel)
-    kernel_DESNH = constrain(kernel_DESNH, None, "expert", None, "model", None)
     B, T = x_BTD.shape[:2]
     qkv_BTESNH = project_all(normalize(x_BTD).astype(self.dtype), kernel_DESNH)
     qkv_BTESNH = qkv_BTESNH + on_tokens(bias_ESNH, (B, T), 0, self.dtype)
-    qkv_BTESNH = constrain(qkv_BTESNH, "data", None, "expert", None, "model", None)
     q, k, v = (_merge_heads(part.squeeze(3)) for part in jnp.split(qkv_BTESNH, 3, axis=3))
     if c.positions == "rotary":
       q, k = attention.rotate(q, position_BT), attention.rotate(k, position_BT)
@@ -116,8 +113,7 @@ class ExpertBlocks(nn.Module):
       (E, N * H, D),
     )
     out_bias_ED = self.param("out_bias", named(nn.initializers.zeros, "expert", "embed"), (E, D))
-    mixed_EBTX = constrain(jnp.moveaxis(mixed_BTEX, 2, 0), "expert", "data", None, "model")
-    attended_EBTD = project_each(mixed_EBTX, out_EXD)
+    attended_EBTD = project_each(jnp.moveaxis(mixed_BTEX, 2, 0), out_EXD)
     return attended_EBTD + on_tokens(out_bias_ED, (B, T), 1, self.dtype), cache
 
   def _ffn(self, hidden_EBTD: jax.Array, route: Route | None) -> jax.Array:
@@ -164,7 +160,7 @@ def _merge_heads(x_BTENH: jax.Array) -> jax.Array:
   B, T, E, N, H = x_BTENH.shape
   e, n = shards("expert"), shards("model")
   x = x_BTENH.reshape(B, T, e, E // e, n, N // n, H).swapaxes(3, 4)
-  return constrain(x.reshape(B, T, E * N, H), "data", None, ("expert", "model"), None)
+  return x.reshape(B, T, E * N, H)
 
 
 def _part_heads(x_BTGH: jax.Array, num_experts: int) -> jax.Array:
@@ -172,7 +168,7 @@ def _part_heads(x_BTGH: jax.Array, num_experts: int) -> jax.Array:
   B, T, G, H = x_BTGH.shape
   e, n, E = shards("expert"), shards("model"), num_experts
   x = x_BTGH.reshape(B, T, e, n, E // e, G // E // n, H).swapaxes(3, 4)
-  return constrain(x.reshape(B, T, E, G // E, H), "data", None, "expert", "model", None)
+  return x.reshape(B, T, E, G // E, H)
 
 
 class FeedForward(NamedTuple):
@@ -188,7 +184,6 @@ def _feed_all(network: FeedForward, hidden_EBTD: jax.Array) -> jax.Array:
   """Every token through every expert: [E, B, T, D]."""
   tokens, dtype = hidden_EBTD.shape[1:3], hidden_EBTD.dtype
   inner_EBTF = project_each(hidden_EBTD, network.in_EDF)
-  inner_EBTF = constrain(inner_EBTF, "expert", "data", None, "model")
   inner_EBTF = gelu(inner_EBTF + on_tokens(network.in_bias_EF, tokens, 1, dtype))
   outer_EBTD = project_each(inner_EBTF, network.out_EFD)
   return outer_EBTD + on_tokens(network.out_bias_ED, tokens, 1, dtype)

@@ -117,7 +117,7 @@ class CoupledLayer(nn.Module):
       ffn_load_LE=jnp.full(E, 1 / E, jnp.float32) if route is None else route.load_E,
       balance_L=jnp.ones((), jnp.float32) if route is None else route.balance,
     )
-    return by_token(x_BTD + z_BTD), aux
+    return x_BTD + z_BTD, aux
 
 
 def _share(y_EBTD: jax.Array, gate_BTE: jax.Array, z_BTD: jax.Array) -> jax.Array:
@@ -229,7 +229,7 @@ class Network(nn.Module):
       metadata_params={nn.PARTITION_NAME: None},
     )
     layers = scanned(c, self.dtype, self.measure, name="layers")
-    x_BTD, report = layers(by_token(x_BTD), position_BT, weights_BT, layer_keys)
+    x_BTD, report = layers(x_BTD, position_BT, weights_BT, layer_keys)
     return constrain(LayerNorm(name="final_norm")(x_BTD), "data", None, None), report
 
   def _read_layers(

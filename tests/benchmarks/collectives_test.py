@@ -35,7 +35,8 @@ def test_a_program_by_hand():
   found = collectives(LOOP.replace("CONFIG", KNOWN), num_devices=8)
   assert found == [
     Collective("all-reduce", devices=4, span=4, bytes=8 * 4 * 4, times=3),
-    Collective("all-gather", devices=2, span=2, bytes=2 * 4 * 2 + 2 * 2, times=1),
+    Collective("all-gather", devices=2, span=2, bytes=2 * 4 * 2, times=1),
+    Collective("all-gather", devices=2, span=2, bytes=2 * 2, times=1),
     Collective("collective-permute", devices=2, span=2, bytes=16 * 4 * 4, times=1),
   ]
 
@@ -75,6 +76,52 @@ def test_groups_in_words_that_are_not_known_are_refused(groups):
   line = f"ENTRY %main (x: f32[4]) -> f32[4] {{\n  ROOT %r = f32[4] all-reduce(%x), {groups}\n}}"
   with pytest.raises(ValueError, match="groups of devices that are not understood: , replica_gr"):
     collectives(line, num_devices=8)
+
+
+PARTITIONED = """
+%body (p: bf16[8,4]) -> bf16[8,4] {
+  %r = bf16[8,4]{1,0} all-reduce(%x), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
+  %d = bf16[2,4]{1,0} dynamic-slice(%r, %i, %zero), dynamic_slice_sizes={2,4}
+  %whole = f32[5]{0} all-reduce(%y), channel_id=2, replica_groups=[2,4]<=[8], to_apply=%add
+  %part = f32[2]{0} dynamic-slice(%whole, %i), dynamic_slice_sizes={2}
+  %other = f32[3]{0} add(%whole, %z)
+  ROOT %g = bf16[16]{0} all-gather(%d), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+ENTRY %main (x: bf16[16]) -> bf16[16] {
+  %a = bf16[4,6]{1,0} all-to-all(%x), channel_id=4, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %h = f32[7]{0} all-gather(%b), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+  %j = bf16[7]{0} all-gather(%c), channel_id=6, replica_groups=[2,4]<=[8], dimensions={0}
+}
+"""
+
+
+@pytest.mark.parametrize(
+  ("shape", "kind", "counted"),
+  [
+    # As it was asked for: in bfloat16, and each device takes a quarter of the sum.
+    ("f32[8,4]", "all-reduce", [("reduce-scatter", 2 * 32 // 4)]),
+    ("f32[4,8]{0,1}", "all-reduce", [("reduce-scatter", 2 * 32 // 4)]),
+    # A sum that is needed whole, too; one nobody asked for; several in one.
+    ("f32[5]", "all-reduce", [("all-reduce", 20)]),
+    ("f32[6]", "all-reduce", [("all-reduce", 24)]),
+    (
+      "(f32[5], f32[8,4], f32[5])",
+      "all-reduce",
+      [("all-reduce", 20), ("reduce-scatter", 16), ("all-reduce", 20)],
+    ),
+    ("f32[16]", "all-gather", [("all-gather", 32)]),
+    # Two of this size, in two types.
+    ("f32[7]", "all-gather", [("all-gather", 28)]),
+    # Written as the pieces for four devices.
+    ("(f32[1,6], f32[1,6], f32[1,6], f32[1,6])", "all-to-all", [("all-to-all", 48)]),
+  ],
+)
+def test_what_the_partitioner_asked_for_counts(shape, kind, counted):
+  head = "ENTRY %main (x: f32[4]) -> f32[4] {"
+  line = f"{head}\n  ROOT %r = {shape} {kind}(%x), replica_groups=[2,4]<=[8]\n}}"
+  found = collectives(line, num_devices=8, partitioned=PARTITIONED)
+  assert found == [Collective(k, 4, 4, size, 1) for k, size in counted]
 
 
 @pytest.mark.parametrize(
