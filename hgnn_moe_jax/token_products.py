@@ -3,8 +3,8 @@
 Few experts' products are written out, pair by pair. As products of matrices they would be very
 small ones, E x D x E for every token, for which XLA's CPU backend moves the experts behind the
 tokens and back again: that took two to three times as long. On one GPU few experts' products come
-from `token_kernels`. Many experts are multiplied by einsum, and on several devices all are: written
-out, the partitioner splits them in ways that move tokens.
+from `token_kernels`. Many experts are multiplied by einsum. On several devices all are: the
+partitioner splits what is written out in ways that move tokens.
 """
 
 import functools
