@@ -69,7 +69,7 @@ class Collective(NamedTuple):
 
 class _Asked(NamedTuple):
   """How the partitioner wrote an array that is sent: its type, and for a sum whether each device
-  only takes its own part of it, which XLA makes a reduce-scatter of on a GPU."""
+  only takes its own part of it, of which XLA has a pass for GPUs that makes a reduce-scatter."""
 
   dtype: str
   scattered: bool
@@ -101,7 +101,7 @@ def _asked(partitioned: str) -> dict[tuple[str, int], _Asked]:
     for line in lines:
       if found := _INSTRUCTION.search(line):
         name = line.split("=")[0].replace("ROOT", "").strip()
-        users = [user for user in lines if re.search(rf"\({re.escape(name)}[,)]", user)]
+        users = [user for user in lines if re.search(rf"[( ]{re.escape(name)}[,)]", user)]
         scattered = len(users) == 1 and " dynamic-slice(" in users[0]
         for dtype, entries in _arrays(found["kind"], found["shape"]):
           ways.setdefault((found["kind"], entries), set()).add(_Asked(dtype, scattered))

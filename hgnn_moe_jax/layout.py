@@ -28,23 +28,18 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def by_token(x: jax.Array, own: int = 0) -> jax.Array:
-  """x [..., B, T, ...] with its tokens split over the whole mesh, and nothing else.
+def by_token(x_EBTD: jax.Array) -> jax.Array:
+  """x with its tokens split over the whole mesh, all experts of a token together.
 
-  For what happens token by token, between a split over experts and another. Rows are split over
-  data and each row's tokens over expert and model, as far as that divides them: where mesh.expert
-  does not, x stays as it is.
-
-  Args:
-    x: an array.
-    own: number of its axes before B.
+  Rows are split over data and each row's tokens over expert and model, as far as that divides them:
+  where mesh.expert does not, x stays as it is.
   """
-  length = x.shape[own + 1]
+  length = x_EBTD.shape[2]
   # One after the other: at once, the partitioner brings whole arrays together.
   for axes in (("expert",), ("expert", "model")):
     if length % shards(*axes) == 0:
-      x = constrain(x, *[None] * own, "data", axes, *[None] * (x.ndim - own - 2))
-  return x
+      x_EBTD = constrain(x_EBTD, None, "data", axes, None)
+  return x_EBTD
 
 
 def on_mesh() -> bool:

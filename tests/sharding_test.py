@@ -312,5 +312,5 @@ def test_what_experts_say_is_exchanged_and_never_brought_together():
 def test_tokens_are_split_as_far_as_their_number_allows(length, steps):
   x_EBTD = jax.ShapeDtypeStruct((4, 2, length, 3), jnp.float32)
   with jax.sharding.use_abstract_mesh(MESH):
-    traced = jax.make_jaxpr(lambda x: layout.by_token(x, 1))(x_EBTD)
+    traced = jax.make_jaxpr(layout.by_token)(x_EBTD)
   assert [equation.params["sharding"].spec for equation in traced.eqns] == steps

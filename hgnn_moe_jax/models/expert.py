@@ -106,7 +106,7 @@ class ExpertBlocks(nn.Module):
       mixed_BTGH = attention.causal_attention(q, k, v)
     else:
       mixed_BTGH, cache = attention.cached_attention(q, k, v, cache, position_BT)
-    mixed_BTEX = _part_heads(mixed_BTGH, E).reshape(B, T, E, N * H)
+    mixed_BTEX = _split_heads(mixed_BTGH, E).reshape(B, T, E, N * H)
     out_EXD = self.param(
       "out_kernel",
       named(fan_in_normal(N * H, self._residual_gain), "expert", "heads", "embed"),
@@ -163,7 +163,7 @@ def _merge_heads(x_BTENH: jax.Array) -> jax.Array:
   return x.reshape(B, T, E * N, H)
 
 
-def _part_heads(x_BTGH: jax.Array, num_experts: int) -> jax.Array:
+def _split_heads(x_BTGH: jax.Array, num_experts: int) -> jax.Array:
   """[B, T, E, N, H]: undoes `_merge_heads`."""
   B, T, G, H = x_BTGH.shape
   e, n, E = shards("expert"), shards("model"), num_experts

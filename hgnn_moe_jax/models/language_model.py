@@ -101,7 +101,7 @@ class CoupledLayer(nn.Module):
     experts = ExpertBlocks(self.config, self.dtype, name="experts")
     everywhere_BTD = constrain(x_BTD, "data", None, None)
     updates_EBTD, cache = experts(everywhere_BTD, position_BT, keys, cache, route)
-    updates_EBTD = by_token(updates_EBTD, 1)
+    updates_EBTD = by_token(updates_EBTD)  # What follows is each token's own affair.
     coupled_EBTD = Coupler(self.config, self.dtype, name="coupler")(updates_EBTD)
     z_BTD, gate_BTE = Pool(self.config, name="pool")(coupled_EBTD, x_BTD)
     if cache is not None:

@@ -84,7 +84,7 @@ PARTITIONED = """
   %d = bf16[2,4]{1,0} dynamic-slice(%r, %i, %zero), dynamic_slice_sizes={2,4}
   %whole = f32[5]{0} all-reduce(%y), channel_id=2, replica_groups=[2,4]<=[8], to_apply=%add
   %part = f32[2]{0} dynamic-slice(%whole, %i), dynamic_slice_sizes={2}
-  %other = f32[3]{0} add(%whole, %z)
+  %other = f32[3]{0} add(%z, %whole)
   ROOT %g = bf16[16]{0} all-gather(%d), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}
 }
 
