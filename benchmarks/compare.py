@@ -12,10 +12,13 @@ from typing import Any
 from hgnn_moe_jax import cli
 from hgnn_moe_jax.errors import UserError
 
-# Whether more is better. What is in neither list names a measurement, if it is the same in both.
+# Quantities of which more is better, of which less is, and what tells measurements apart.
 _MORE = ("tokens_per_second", "utilization", "matmul_flops_per_second")
 _LESS = ("seconds_per_step", "peak_memory_bytes", "compile_seconds", "first_token_seconds")
-_NAMES = ("shape", "coupler", "sweep", "batch", "length", "tokens", "placement")
+_NAMES = (
+  *("shape", "coupler", "sweep", "batch", "length", "prompt_tokens", "tokens", "placement"),
+  *("devices", "mesh"),
+)
 
 
 def read(path: str) -> list[dict[str, Any]]:
@@ -27,19 +30,28 @@ def read(path: str) -> list[dict[str, Any]]:
 
 
 def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  """For each measurement in both: its name, and {quantity: after / before}."""
-  earlier = {_name(m): m for m in before}
+  """For each measurement in both: its name, and {quantity: after / before}, if there is any.
+
+  Raises UserError if a file has two measurements of one name.
+  """
+  earlier, later = _by_name(before), _by_name(after)
   rows = []
-  for m in after:
-    old = earlier.get(_name(m))
-    if old is not None:
-      shared = [q for q in (*_MORE, *_LESS) if old.get(q) and m.get(q)]
-      rows.append({"name": _name(m), "ratios": {q: m[q] / old[q] for q in shared}})
+  for name in later:
+    old, new = earlier.get(name, {}), later[name]
+    shared = [q for q in (*_MORE, *_LESS) if old.get(q) and new.get(q)]
+    if shared:
+      rows.append({"name": name, "ratios": {q: new[q] / old[q] for q in shared}})
   return rows
 
 
-def _name(measurement: dict[str, Any]) -> str:
-  return " ".join(str(measurement[n]) for n in _NAMES if measurement.get(n) not in (None, ""))
+def _by_name(measurements: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+  named = {}
+  for m in measurements:
+    name = " ".join(str(m[n]) for n in _NAMES if m.get(n) not in (None, ""))
+    if name in named:
+      raise UserError(f"{name}: there twice; give files that --out has written in one go")
+    named[name] = m
+  return named
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -104,7 +104,7 @@ def measure(
   for name, (step, state) in makers.items():
     jitted = jax.jit(step, donate_argnums=0, compiler_options=device.compiler_options())
     compiled[name] = jitted.lower(state, batch).compile()
-    states[name], _ = compiled[name](state, batch)  # The first call is not timed.
+    states[name], _ = jax.block_until_ready(compiled[name](state, batch))  # Not timed.
   seconds: dict[str, list[float]] = {name: [] for name in compiled}
   names = list(compiled)
   for turn in range(rounds):

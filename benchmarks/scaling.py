@@ -60,8 +60,7 @@ class Device(NamedTuple):
 # bfloat16 without sparsity; NVLink one way; one 200 or 400 Gb/s port per GPU.
 DEVICES = {
   "A100": Device(312e12, 8, 300e9, 25e9),
-  "H100": Device(989e12, 8, 450e9, 50e9),
-  "H200": Device(989e12, 8, 450e9, 50e9),
+  "H100, H200": Device(989e12, 8, 450e9, 50e9),
 }
 _UTILIZATION = 0.45  # assumed for several; `large` on one H200: 0.53
 
@@ -184,6 +183,8 @@ def main() -> None:
       raise UserError(f"--devices={unknown[0]}: use some of 8,64,256")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", _MOST_DEVICES)
+    # A program out of the cache is not partitioned again, and leaves no account of it.
+    jax.config.update("jax_enable_compilation_cache", False)
     results = []
     for shape in shapes.value:
       for count in map(int, counts.value):

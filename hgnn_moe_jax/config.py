@@ -128,7 +128,7 @@ class AdaptiveConfig:
   controller: str = "constant"  # constant: the strengths of `orthogonality`. Others: see below
   signal: str = "weight"  # the specialization that is controlled and logged: weight or output
   objective: str = "weight"  # what the controller drives: weight, output or both
-  initial_strength: float = 0.1  # the base, per layer before scaling; never overwritten
+  initial_strength: float = 0.1  # the base, per layer before scaling; feedback has none
   minimum_strength: float = 0.001
   maximum_strength: float = 0.3
   decay_schedule: str = "cosine"  # over the run: cosine, exponential, linear, step, none

@@ -69,7 +69,7 @@ _RANGES = {
   "adaptive.deeper_layer_scaling": (0.01, 1.0),
   "adaptive.pair_emphasis": (0.0, 10.0),
   "adaptive.performance_window": (1, math.inf),
-  "adaptive.collapse_threshold": (0.001, 1.0),
+  "adaptive.collapse_threshold": (0.001, 0.9999),
   "adaptive.boost_multiplier": (1.0, math.inf),
   "adaptive.emergency_window": (10, math.inf),
   "adaptive.emergency_grace": (0, math.inf),
@@ -200,8 +200,7 @@ def _check_control(config: "Config") -> None:
       raise ConfigError(
         f"orthogonality.{name}_strength",
         strength,
-        f"set it to 0: adaptive.controller={a.controller} drives this penalty from "
-        "adaptive.initial_strength",
+        f"set it to 0: adaptive.controller={a.controller} drives this penalty",
       )
 
 

@@ -25,8 +25,8 @@ def compiler_options() -> dict[str, str]:
   """XLA's options for the large programs: training and evaluation.
 
   On an NVIDIA GPU one pass of XLA makes Triton kernels of layer normalisations, and the fusing pass
-  weighs these up at length: half or more of the compilation of unrolled layers, for kernels that
-  are no faster (docs/performance.md). XLA_FLAGS has the last word.
+  weighs these up at length: 40 to 65 % of the compilation, for kernels that are no faster
+  (docs/performance.md). XLA_FLAGS has the last word.
   """
   name = "xla_disable_hlo_passes"
   if nvidia_capability() is None or name in os.environ.get("XLA_FLAGS", ""):

@@ -17,7 +17,7 @@ FIELDS = {
   "model.coupler": "an operator over experts: module(config, name=...)(h_EBTD) -> P",
   "adaptive.controller": "a factory of controllers: (watch, actuator, schedule, strength, scaling)",
   "orthogonality.weight_form": "an overlap of weights: w_LEDK -> [L, E, E]",
-  "orthogonality.output_form": "an overlap of updates: (updates_EBTD, weights_BT) -> [E, E]",
+  "orthogonality.output_form": "an overlap of updates: (centred_EBTD, shares_BT) -> [E, E]",
 }
 
 

@@ -45,13 +45,19 @@ def make_mesh(config: Config) -> Mesh | None:
       "devices",
     )
   t = config.training
-  sizes = {"training.batch_size": t.batch_size // t.accumulation}
-  if config.evaluation.batch_size:
-    sizes["evaluation.batch_size"] = config.evaluation.batch_size
-  for field, size in sizes.items():
-    if size % data:
-      rounds = " in each of training.accumulation rounds" if "training" in field else ""
-      raise ConfigError(field, size, f"use a multiple of the {data} parts of mesh.data{rounds}")
+  if t.batch_size % (data * t.accumulation):
+    raise ConfigError(
+      "training.batch_size",
+      t.batch_size,
+      f"use a multiple of {data * t.accumulation}: the {data} parts of mesh.data, in each of "
+      f"training.accumulation={t.accumulation} rounds",
+    )
+  if config.evaluation.batch_size % data:
+    raise ConfigError(
+      "evaluation.batch_size",
+      config.evaluation.batch_size,
+      f"use a multiple of the {data} parts of mesh.data",
+    )
   return None if count == 1 else _mesh(data, m)
 
 

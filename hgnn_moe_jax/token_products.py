@@ -39,16 +39,17 @@ def _rows(a: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def mix(operator_EEBT: jax.Array, h_EBTD: jax.Array) -> jax.Array:
-  """sum_j P_ij h_j, receiver by sender: [E, B, T, D] of both arguments' dtype."""
+  """sum_j P_ij h_j, receiver by sender, in float32: [E, B, T, D] of both arguments' dtype."""
   if _on_gpu(_rows(h_EBTD).shape):
     operator_GEEN = operator_EEBT.reshape(1, *operator_EEBT.shape[:2], -1)
     return token_kernels.mix(operator_GEEN, _rows(h_EBTD)).reshape(h_EBTD.shape)
   if not _few(h_EBTD.shape[0]):
     return _einsum("ijBT,jBTD->iBTD", operator_EEBT, h_EBTD)
-  mixed_EBTD = operator_EEBT[:, 0, :, :, None] * h_EBTD[None, 0]
+  weight_EEBT, sender_EBTD = operator_EEBT.astype(jnp.float32), h_EBTD.astype(jnp.float32)
+  mixed_EBTD = weight_EEBT[:, 0, :, :, None] * sender_EBTD[None, 0]
   for j in range(1, h_EBTD.shape[0]):
-    mixed_EBTD += operator_EEBT[:, j, :, :, None] * h_EBTD[None, j]
-  return mixed_EBTD
+    mixed_EBTD += weight_EEBT[:, j, :, :, None] * sender_EBTD[None, j]
+  return mixed_EBTD.astype(h_EBTD.dtype)
 
 
 @jax.custom_vjp

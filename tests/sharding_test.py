@@ -74,11 +74,11 @@ def test_one_device_needs_no_mesh(devices):
     (8, {"mesh__data": 4}, r"mesh.data=4: mesh.data x mesh.expert=1 x mesh.model=1 has to be 8"),
     (6, {"mesh__expert": 4}, r"mesh.data=0: mesh.data x mesh.expert=4 x mesh.model=1 has to be 6"),
     (1, {"mesh__expert": 2}, r"mesh.data=0: .* has to be 1, the number of devices"),
-    (8, {"training__batch_size": 12}, r"training.batch_size=12: use a multiple of the 8 parts"),
+    (8, {"training__batch_size": 12}, r"training.batch_size=12: use a multiple of 8: the 8 parts"),
     (
       8,
       {"training__batch_size": 32, "training__accumulation": 8},
-      r"training.batch_size=4: use a multiple of the 8 parts of mesh.data in each",
+      r"training.batch_size=32: use a multiple of 64: the 8 parts of mesh.data, in each of",
     ),
     (8, {"evaluation__batch_size": 4}, r"evaluation.batch_size=4: use a multiple of the 8 parts"),
   ],

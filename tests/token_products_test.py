@@ -135,6 +135,18 @@ def test_low_precision(E):
     assert [x.dtype for x in pull(sums)] == [x.dtype for x in arguments]
 
 
+@pytest.mark.parametrize("E", [8, 9])
+def test_messages_in_bfloat16_are_rounded_once(E):
+  rng = np.random.default_rng(0)
+  operator_EEBT, h_EBTD = (
+    jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((E, E, B, T), (E, B, T, 64))
+  )
+  exactly_EBTD = _naive_mix(np.float32(operator_EEBT), np.float32(h_EBTD))
+  mixed_EBTD = np.float32(jax.jit(token_products.mix)(operator_EEBT, h_EBTD))
+  # Half a unit in the last of 8 places, and what float32 leaves where terms cancel.
+  np.testing.assert_allclose(mixed_EBTD, exactly_EBTD, rtol=2**-8, atol=1e-5)
+
+
 @pytest.mark.parametrize("E", [3, 9])
 def test_no_product_of_matrices_rounds_its_operands(E):
   gradient = jax.grad(lambda a: jnp.square(token_products.gram(a, jnp.ones((B, T)))).sum())

@@ -168,7 +168,7 @@ def table(outcomes: list[Outcome]) -> str:
   """The outcomes as a Markdown table."""
   lines = [
     "| arm | detected | score recovered | experts recovered | score before, end "
-    "| experts before, end | perplexity, healthy -> fault | false alarms |",
+    "| experts before, end | perplexity, healthy → fault | false alarms |",
     "|---|---|---|---|---|---|---|---|",
   ]
   steps = lambda n: "no" if n is None else str(n)  # noqa: E731
@@ -179,7 +179,7 @@ def table(outcomes: list[Outcome]) -> str:
       f"| {o.arm} | {steps(o.detected)} | {steps(o.score_recovered)} "
       f"| {steps(o.experts_recovered)} | {levels(o.score_before, 3)}, {levels(o.score_end, 3)} "
       f"| {levels(o.experts_before, 2)}, {levels(o.experts_end, 2)} "
-      f"| {o.healthy_perplexity:.1f} -> {o.perplexity:.1f} ({cost:+.1f} %) | {o.false_alarms} |"
+      f"| {o.healthy_perplexity:.1f} → {o.perplexity:.1f} ({cost:+.1f} %) | {o.false_alarms} |"
     )
   return "\n".join(lines) + "\n"
 

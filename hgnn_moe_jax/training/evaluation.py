@@ -49,7 +49,7 @@ def score(total_nats: float, tokens: int, words: int, num_bytes: int) -> Score:
 
 
 def _exp(x: float) -> float:
-  return math.exp(x) if x < 700 else math.inf
+  return math.inf if x >= 700 else math.exp(x)
 
 
 class Evaluator:

@@ -297,14 +297,16 @@ class Run:
     )
     control = self.assembly.controller.observe_evaluation(self.state.control, score.loss)
     self.state = self.state._replace(control=control)
-    improved = self.best is None or score.loss < self.best["loss"]
+    # A loss that is no number is no better than none.
+    lowest = math.inf if self.best is None else self.best["loss"]
+    improved = score.loss < lowest
     if improved:
       self.best = self.last
       self.metrics.write("event", self.step, name="best")
     return improved
 
   def _save(self) -> None:
-    measured = self.last is not None and self.last["step"] == self.step
+    loss = self.last["loss"] if self.last is not None and self.last["step"] == self.step else None
     note = {
       "metrics_bytes": self.metrics.flush(),
       "tokens_seen": self.tokens_seen,
@@ -313,9 +315,8 @@ class Run:
       "last": self.last,
       "flags": self.flags._asdict(),
     }
-    self.checkpointer.save(
-      self.step, self.state, note, loss=self.last["loss"] if measured and self.last else None
-    )
+    rank = loss if loss is not None and math.isfinite(loss) else None
+    self.checkpointer.save(self.step, self.state, note, loss=rank)
 
   def _preempt(self) -> None:
     # The two events come after the note: a continued run cuts them off again, and its records

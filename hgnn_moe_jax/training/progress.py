@@ -23,6 +23,12 @@ class Display(Protocol):
   def close(self) -> None: ...
 
 
+def _clock(seconds: float) -> str:
+  """Hours, minutes and seconds; a day has no end here."""
+  minutes, rest = divmod(int(seconds), 60)
+  return f"{minutes // 60:02}:{minutes % 60:02}:{rest:02}"
+
+
 def describe(fields: dict[str, Any]) -> str:
   """A train record in one line: losses, strengths per layer, score, emergency, gradient, speed."""
   strength = [
@@ -80,8 +86,7 @@ class Lines:
       self._started, self._first = now, step
     self._last = now
     pace = (now - self._started) / max(1, step - self._first)
-    left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - step)))
-    left = left if step > self._first else "?"
+    left = _clock(pace * (self._total - step)) if step > self._first else "?"
     self.message(f"step {step}/{self._total} left={left} {describe(fields)}")
 
   def message(self, text: str) -> None:

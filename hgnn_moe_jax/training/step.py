@@ -91,23 +91,24 @@ def make_train_step(
   weight_form = extensions.resolve("orthogonality.weight_form", o.weight_form)
   output_form = extensions.resolve("orthogonality.output_form", o.output_form)
 
-  def data_loss(params, batch, strengths, total, key):
+  def data_loss(params, batch, strengths, total, share, key):
+    """Of a round that has `share` of the step's `total` tokens: terms add up over the rounds."""
     x_BTD, aux = model.features(params, batch.inputs_BT, batch.weights_BT, key)
     nll = model.loss(params, x_BTD, batch.targets_BT, batch.weights_BT)
     overlap = aux.measured
     term = DataTerm(
       lm_loss=nll / total,
-      output_overlap_LEE=overlap.overlap_EE / rounds,
+      output_overlap_LEE=overlap.overlap_EE * share,
       output_penalty_L=outputs.output_penalty(
         _by_pair(overlap.overlap_EE, strengths.output_pairs_LEE), overlap.scale_E, output_form
       )
-      / rounds,
-      output_specialization_L=outputs.output_specialization(overlap.absolute_cosine_EE) / rounds,
-      effective_experts_L=gram.effective_experts(overlap.cosine_EE) / rounds,
-      gate_load_LE=aux.gate_load_LE / rounds,
-      gate_entropy_L=aux.gate_entropy_L / rounds,
-      ffn_load_LE=aux.ffn_load_LE / rounds,
-      balance_L=aux.balance_L / rounds,
+      * share,
+      output_specialization_L=outputs.output_specialization(overlap.absolute_cosine_EE) * share,
+      effective_experts_L=gram.effective_experts(overlap.cosine_EE) * share,
+      gate_load_LE=aux.gate_load_LE * share,
+      gate_entropy_L=aux.gate_entropy_L * share,
+      ffn_load_LE=aux.ffn_load_LE * share,
+      balance_L=aux.balance_L * share,
     )
     loss = term.lm_loss
     if penalise_outputs:
@@ -132,19 +133,26 @@ def make_train_step(
     total = jnp.maximum(batch.weights_BT.sum(), 1.0)
     gradient = jax.grad(data_loss, has_aux=True)
     if rounds == 1:
-      return gradient(params, batch, strengths, total, key)
+      return gradient(params, batch, strengths, total, 1.0, key)
     # Every rounds-th row: a round then has its part of every device's rows.
     parts = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, rounds, *a.shape[1:]), 0, 1), batch)
 
+    # A round without a token that counts has nothing to say; without any at all each says as much.
+    tokens_r = parts.weights_BT.sum((1, 2))
+    share_r = jnp.where(tokens_r.sum() > 0, tokens_r / total, 1 / rounds)
+
+    def part_gradient(xs):
+      part, share, part_key = xs
+      return gradient(params, part, strengths, total, share, part_key)
+
     def add_part(carry, xs):
-      part, part_key = xs
-      return jax.tree.map(jnp.add, carry, gradient(params, part, strengths, total, part_key)), None
+      return jax.tree.map(jnp.add, carry, part_gradient(xs)), None
 
     keys = None if key is None else jax.random.split(key, rounds)
-    first = jax.tree.map(lambda a: a[0], (parts, keys))
-    shapes = jax.eval_shape(lambda: gradient(params, first[0], strengths, total, first[1]))
+    rounds_of = (parts, share_r, keys)
+    shapes = jax.eval_shape(part_gradient, jax.tree.map(lambda a: a[0], rounds_of))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add_part, zeros, (parts, keys))[0]
+    return jax.lax.scan(add_part, zeros, rounds_of)[0]
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepRecord]:
     strengths: Strengths = jax.lax.stop_gradient(controller.strengths(state.control))

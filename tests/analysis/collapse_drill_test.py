@@ -59,7 +59,7 @@ def test_measures_by_hand(pair):
   )
   text = collapse_drill.table([outcome])
   assert "| arm | 7 | 77 | 39 | 0.800/0.800, 0.800/0.800 |" in text
-  assert "100.0 -> 103.0 (+3.0 %) | 1 |" in text
+  assert "100.0 → 103.0 (+3.0 %) | 1 |" in text
 
 
 def test_what_did_not_happen_is_no(pair):

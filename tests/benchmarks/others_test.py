@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import compare, data, generation, parts
 from hgnn_moe_jax.config import Config, with_fields
+from hgnn_moe_jax.errors import UserError
 
 
 def command(module, *arguments):
@@ -71,6 +72,20 @@ def test_ratios_by_hand():
     "compile_seconds": 0.5,
   }
   assert "| small graph | 1.500 | 1.250 | 0.500 |" in compare.table([row])
+
+
+def test_meshes_are_measurements_of_their_own():
+  one, other = ({**BEFORE, "devices": 8, "mesh": mesh} for mesh in ([8, 1, 1], [1, 8, 1]))
+  rows = compare.compare([one, other], [other, {**one, "utilization": 0.8}])
+  assert [row["name"] for row in rows] == ["small graph 8 [1, 8, 1]", "small graph 8 [8, 1, 1]"]
+  assert [row["ratios"]["utilization"] for row in rows] == [1.0, 2.0]
+  with pytest.raises(UserError, match="small graph: there twice"):
+    compare.compare([BEFORE], [BEFORE, AFTER])
+
+
+def test_parts_have_nothing_to_compare():
+  parts_of = {"shape": "small", "coupler": "graph", "parts_milliseconds": {"head": 1.0}}
+  assert compare.compare([parts_of], [parts_of]) == []
 
 
 def test_the_comparing_command(tmp_path):

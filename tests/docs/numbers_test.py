@@ -89,7 +89,7 @@ def test_what_was_done_about_the_traffic_is_the_measured():
   for name in ("scaling_before", "scaling"):
     result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     for m in result["measurements"]:
-      low, high = m["predicted_seconds"]["H100"]
+      low, high = m["predicted_seconds"]["H100, H200"]
       told = (f"{sum(m['sent_bytes'].values()) / 1e9:.1f}", f"{low:.2f} to {high:.2f}")
       found.setdefault((m["shape"], " x ".join(map(str, m["mesh"]))), []).append(told)
   table = [row for row in rows(page("scaling.md"), "large|10b") if len(row) == 6]

@@ -1,13 +1,16 @@
 """What runs of one process share: all that is traced and compiled, and no number."""
 
 import importlib
+import math
 import sys
 
 import jax
 import pytest
 
+from hgnn_moe_jax import config_rules
 from hgnn_moe_jax.config import with_fields
 from hgnn_moe_jax.data.corpus import load_corpus
+from hgnn_moe_jax.errors import ConfigError
 from hgnn_moe_jax.training import assembly, loop
 
 V, STEPS = 257, 12
@@ -56,6 +59,29 @@ def _leaves(config):
 def _other(value):
   """Another value of its type. It is not asked for sense: nothing is built."""
   return not value if isinstance(value, bool) else value + type(value)(1)
+
+
+@pytest.mark.parametrize("controller", ["schedule", "adaptive", "feedback", "convergence"])
+def test_a_controller_is_made_at_both_ends_of_every_range(controller, tiny_config):
+  """What the rules let pass, the controllers take."""
+  ends = {f: r for f, r in config_rules._RANGES.items() if f.startswith("adaptive.")}
+  assert len(ends) > 10
+  for field, (low, high) in ends.items():
+    for value in (low, high):
+      if math.isinf(value):
+        continue
+      changes = {
+        "orthogonality.weight_strength": 0.0,
+        "adaptive.minimum_strength": 0.0,
+        "adaptive.specialization_tolerance": 1e-3,
+        "adaptive.controller": controller,
+        field: value,
+      }
+      try:
+        config = tiny_config(**changes).validate()
+      except ConfigError:
+        continue  # By another rule, of two fields.
+      assembly.make_controller(config, STEPS)
 
 
 def test_only_what_a_run_alone_reads_is_left_out(tiny_config, monkeypatch):

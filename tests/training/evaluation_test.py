@@ -23,6 +23,7 @@ def test_score_golden():
   assert got.bits_per_byte == pytest.approx(1.5 / math.log(2))
   assert (got.tokens, got.words, got.bytes) == (4, 3, 8)
   assert evaluation.score(1e5, 4, 3, 8).word_perplexity == math.inf
+  assert all(map(math.isnan, evaluation.score(math.nan, 4, 3, 8)[:4]))
 
 
 def test_an_untrained_uniform_model_scores_the_vocabulary():

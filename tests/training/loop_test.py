@@ -16,7 +16,8 @@ import pytest
 
 from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.errors import ConfigError, NonFiniteError, Preempted, UserError
-from hgnn_moe_jax.training import loop, run_folder
+from hgnn_moe_jax.training import evaluation, loop, run_folder
+from hgnn_moe_jax.training.checkpoint import Checkpointer
 
 TRAIN_FIELDS = {
   *("kind", "step", "loss", "lm_loss", "weight_penalty", "output_penalty", "weight_strength"),
@@ -352,6 +353,24 @@ def test_checkpoints_without_a_config_are_refused(tiny_config, tmp_path):
   (tmp_path / "checkpoints").mkdir()
   with pytest.raises(UserError, match=r"has checkpoints but no config\.json"):
     loop.train(tiny_config(), tmp_path, quiet=True)
+
+
+def test_an_evaluation_that_is_no_number_is_not_the_best(
+  tiny_config, tmp_path, monkeypatch, read_metrics
+):
+  """The first of two: the second is the best, in the summary and among the checkpoints."""
+  scores = iter([math.nan, 12.0])
+  monkeypatch.setattr(
+    loop.Evaluator, "__call__", lambda self, params: evaluation.score(next(scores), 4, 3, 8)
+  )
+  summary = loop.train(tiny_config(), tmp_path, quiet=True)
+  assert summary["best"]["step"] == 12 and summary["best"]["loss"] == 3.0
+  records = read_metrics(tmp_path)
+  assert [r["step"] for r in records if r.get("name") == "best"] == [12]
+  assert [r["loss"] for r in records if r["kind"] == "eval"] == ["nan", 3.0]
+  checkpoints = Checkpointer(tmp_path)
+  assert checkpoints.best_step() == 12
+  checkpoints.close()
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(

@@ -53,6 +53,16 @@ def test_lines_come_every_ten_seconds_and_at_the_end(monkeypatch, capsys):
   assert "left=00:00:00" in shown[2]
 
 
+def test_more_than_a_day_is_left(monkeypatch, capsys):
+  now = 0.0
+  monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+  lines = progress.Lines(100_000, 0)
+  for step, now in ((1, 1.0), (2, 11.0)):  # noqa: B007
+    lines.train(step, FIELDS)
+  # 99,998 steps of 10 s.
+  assert "left=277:46:20 total=5.432" in capsys.readouterr().err
+
+
 def test_quiet_shows_nothing(capsys):
   silent = progress.make_display(10, 0, quiet=True)
   silent.train(10, FIELDS)

@@ -215,6 +215,26 @@ def test_accumulation_in_four_rounds_is_one_batch(without_penalties, plain_step)
   assert float(parts[1].tokens) == float(whole[1].tokens) == 60
 
 
+def test_a_round_without_tokens_has_nothing_to_say(without_penalties, plain_step):
+  """All scored tokens are in one of the rounds: what is measured is what one round would."""
+  batch = batch_of(8, lengths=[16, 0, 0, 0, 10, 0, 0, 0])
+  four = plain_step(
+    **{
+      "orthogonality.weight_strength": 0.0,
+      "orthogonality.output_strength": 0.0,
+      "training.accumulation": 4,
+    }
+  )
+  _, whole = without_penalties.step(without_penalties.state, batch)
+  _, parts = four.step(four.state, batch)
+  for field in ("output_penalty", "output_specialization", "effective_experts", "gate_entropy"):
+    np.testing.assert_allclose(
+      getattr(parts, field), getattr(whole, field), rtol=1e-5, err_msg=field
+    )
+  _, nothing = four.step(four.state, batch_of(8, lengths=[0] * 8))
+  assert np.all(np.isfinite(nothing.effective_experts)) and float(nothing.lm_loss) == 0.0
+
+
 def test_own_code_promotes_no_dtype_and_no_rank(plain_step):
   """Optax needs implicit promotion; nothing else does."""
   pieces = plain_step(**{"training.accumulation": 2})
