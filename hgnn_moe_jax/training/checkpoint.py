@@ -6,6 +6,7 @@ passes unnoticed. So a checkpoint also holds a checksum of every array, verified
 
 import json
 import pathlib
+import shutil
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +30,8 @@ class Checkpointer:
 
   Args:
     workdir: the run folder.
-    keep: how many of the newest stay; None to read only, beside a run that may be training there.
+    keep: how many of the newest stay; None to read only, beside a run that may be training there
+      (but a file of a loss that cannot be read goes: Orbax would open nothing).
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int | None = None):
@@ -164,29 +166,42 @@ class Checkpointer:
   def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest checkpoint that can be read, or None if there is none at all.
 
-    Damaged ones are reported, skipped and removed, so that training can save those steps anew.
+    Ones that cannot be read are reported, skipped and moved to WORKDIR/unreadable, so that training
+    can save those steps anew. Nothing is deleted: the disk, and not the file, may be at fault.
 
     Raises:
       UserError: there are checkpoints and none can be read.
     """
     steps = sorted(self._settled().all_steps(), reverse=True)
-    damaged = []
+    unreadable = []
     for step in steps:
       try:
         state, note = self.restore(like, step)
       except UserError as error:
         logging.warning("%s; trying the one before", error)
-        damaged.append(step)
+        unreadable.append(step)
         continue
-      for bad in damaged:
-        self._manager.delete(bad)
+      if unreadable:
+        self._set_aside(unreadable)
       return state, note
-    if damaged:
+    if unreadable:
       raise UserError(
-        f"--workdir={self._workdir}: none of the checkpoints {sorted(damaged)} can be read; "
+        f"--workdir={self._workdir}: none of the checkpoints {sorted(unreadable)} can be read; "
         "restore the folder from a copy or start again in another one"
       )
     return None
+
+  def _set_aside(self, steps: list[int]) -> None:
+    with run_folder_errors(self._workdir):
+      if processes.is_first():
+        aside = self._workdir / "unreadable"
+        aside.mkdir(exist_ok=True)
+        for step in steps:
+          if (aside / str(step)).exists():  # Of an earlier time, and no better.
+            shutil.rmtree(aside / str(step))
+          (self._folder / str(step)).rename(aside / str(step))
+      processes.wait_for_all("what cannot be read is out of the way")
+      self._manager.reload()
 
   def close(self) -> None:
     try:

@@ -203,7 +203,7 @@ DAMAGES = [delete_arrays, delete_note, truncate, flip_one_bit, change_note]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
-def test_a_damaged_newest_is_named_skipped_and_removed(
+def test_a_damaged_newest_is_named_skipped_and_set_aside(
   damage, open_folder, tmp_path, caplog, assert_same
 ):
   save_all(open_folder(), {3: None, 6: None})
@@ -218,6 +218,7 @@ def test_a_damaged_newest_is_named_skipped_and_removed(
   assert f"checkpoint {tmp_path / 'checkpoints' / '6'} cannot be read (" in ours[0]
   # Its place is free: training saves the same step again when it gets there.
   assert saved_steps(tmp_path) == [3]
+  assert [folder.name for folder in (tmp_path / "unreadable").iterdir()] == ["6"]
   save_all(checkpointer, {6: None})
   assert_same(open_folder().restore_latest(make_state(0))[0], make_state(6))
 
