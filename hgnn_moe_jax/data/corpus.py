@@ -59,17 +59,11 @@ class Corpus:
       `evaluation.stride`.
     tokenizer: its `end_of_text` is the id to pad with.
     fingerprint: sha256 hex over text, tokenizer, protocol and, for `lines`, T.
-    max_length: T.
   """
 
   splits: dict[str, Split]
   tokenizer: Tokenizer
   fingerprint: str
-  max_length: int
-
-  def split_examples(self, name: str, stride: int) -> Examples:
-    """The windows of a split of the `packed` protocol at another stride; see stream_examples."""
-    return stream_examples(self.splits[name].examples.tokens, self.max_length, stride)
 
 
 def load_corpus(config: Config) -> Corpus:
@@ -88,7 +82,7 @@ def load_corpus(config: Config) -> Corpus:
     stride = 0 if name == "train" else config.evaluation.stride
     splits[name] = _split(tokenized[name], config.model.max_length, stride)
     _require_content(name, splits[name], config)
-  return Corpus(splits, tokenizer, fingerprint, config.model.max_length)
+  return Corpus(splits, tokenizer, fingerprint)
 
 
 def unigram_perplexity(corpus: Corpus) -> float:

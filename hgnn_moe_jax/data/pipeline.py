@@ -49,7 +49,6 @@ class Order:
       raise ConfigError("seed", seed, "use a value in [0, 2**32)")
     self._batch_size = batch_size
     self._draws = grain.MapDataset.range(num_examples).seed(seed).shuffle().repeat()
-    self.steps_per_epoch = -(-num_examples // batch_size)
 
   def indices(self, step: int) -> np.ndarray:
     """int32 [batch_size / process_count]: this process's examples of batch `step`, from 0."""

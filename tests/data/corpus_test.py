@@ -181,7 +181,6 @@ def test_evaluation_stride(tmp_path):
   validation = corpus.splits["validation"].examples
   assert validation.start_X.tolist() == [0, 2, 4]
   assert validation.skip_X.tolist() == [0, 6, 6]
-  assert corpus.split_examples("validation", 0).start_X.tolist() == [0, 8]
 
 
 def test_large_vocabulary_is_stored_wide(tmp_path, monkeypatch):
