@@ -137,6 +137,19 @@ def test_taken_in_turn(monkeypatch):
   assert rows[1].endswith("| 9.0 (0.5) | 2.00 [2.00, 2.50] |")
 
 
+@pytest.mark.parametrize(
+  ("backend", "times", "dtype"), [("cpu", 1, "float32"), ("gpu", 3, "bfloat16")]
+)
+def test_the_peak_is_a_product_or_some_in_a_row(backend, times, dtype, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(train_step, "_PEAK_CPU", (16, 1))
+  monkeypatch.setattr(train_step, "_PEAK_ACCELERATOR", (16, 3))
+  call, flops = train_step.peak_product()
+  results = call()
+  assert [(r.shape, r.dtype) for r in results] == [((16, 16), dtype)] * times
+  assert flops == times * 2 * 16**3
+
+
 def test_turns_want_something_to_compare(command):
   status, _, said = command(train_step.main, "--shape=tiny", "--in_turn")
   assert status == 2 and said.startswith("error: --in_turn: nothing to compare; give a --sweep")
