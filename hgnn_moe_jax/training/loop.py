@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -92,7 +92,7 @@ def train(config: Config, workdir: pathlib.Path, quiet: bool = False) -> dict[st
 
   Raises:
     ConfigError, UserError: something in the config, the data or the folder cannot work.
-    NonFiniteError: the loss or the gradient became infinite or NaN.
+    NonFiniteError: a loss or the gradient became infinite or NaN.
     Preempted: SIGTERM or Ctrl-C; the state is saved.
   """
   config.validate()
@@ -260,16 +260,16 @@ class Run:
         self.tracker.log("train", step, fields)
         self.display.train(step, fields)
       if not finite:
-        self._non_finite(step, one)
+        self._non_finite(step, f"loss={float(one.loss)} grad_norm={float(one.grad_norm)}")
 
-  def _non_finite(self, step: int, record: StepRecord) -> None:
+  def _non_finite(self, step: int, numbers: str) -> NoReturn:
     self.metrics.write("event", step, name="non_finite")
     self.metrics.flush()
     self.checkpointer.wait()
     saved = self.checkpointer.latest_step()
     kept = f"the checkpoint of step {saved} is kept" if saved is not None else "nothing was saved"
     raise NonFiniteError(
-      f"step {step}: loss={float(record.loss)} grad_norm={float(record.grad_norm)}; {kept}. "
+      f"step {step}: {numbers}; {kept}. "
       "Lower config.training.learning_rate, raise config.training.warmup_steps or set "
       "config.training.clip_norm, and start in a new --workdir"
     )
@@ -295,18 +295,18 @@ class Run:
       f"step {self.step} validation: token perplexity {score.token_perplexity:.6g}, "
       f"word perplexity {score.word_perplexity:.6g}, bits per byte {score.bits_per_byte:.4f}"
     )
+    if not math.isfinite(score.loss):  # The last update broke the parameters: nobody saves these.
+      self._non_finite(self.step, f"validation loss={score.loss}")
     control = self.assembly.controller.observe_evaluation(self.state.control, score.loss)
     self.state = self.state._replace(control=control)
-    # A loss that is no number is no better than none.
-    lowest = math.inf if self.best is None else self.best["loss"]
-    improved = score.loss < lowest
+    improved = self.best is None or score.loss < self.best["loss"]
     if improved:
       self.best = self.last
       self.metrics.write("event", self.step, name="best")
     return improved
 
   def _save(self) -> None:
-    loss = self.last["loss"] if self.last is not None and self.last["step"] == self.step else None
+    measured = self.last is not None and self.last["step"] == self.step
     note = {
       "metrics_bytes": self.metrics.flush(),
       "tokens_seen": self.tokens_seen,
@@ -315,8 +315,9 @@ class Run:
       "last": self.last,
       "flags": self.flags._asdict(),
     }
-    rank = loss if loss is not None and math.isfinite(loss) else None
-    self.checkpointer.save(self.step, self.state, note, loss=rank)
+    self.checkpointer.save(
+      self.step, self.state, note, loss=self.last["loss"] if measured and self.last else None
+    )
 
   def _preempt(self) -> None:
     # The two events come after the note: a continued run cuts them off again, and its records

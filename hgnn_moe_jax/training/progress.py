@@ -24,7 +24,7 @@ class Display(Protocol):
 
 
 def _clock(seconds: float) -> str:
-  """Hours, minutes and seconds; a day has no end here."""
+  """HH:MM:SS; the hours go on past 24."""
   minutes, rest = divmod(int(seconds), 60)
   return f"{minutes // 60:02}:{minutes % 60:02}:{rest:02}"
 

@@ -355,21 +355,23 @@ def test_checkpoints_without_a_config_are_refused(tiny_config, tmp_path):
     loop.train(tiny_config(), tmp_path, quiet=True)
 
 
-def test_an_evaluation_that_is_no_number_is_not_the_best(
+def test_a_validation_loss_that_is_no_number_stops_the_run(
   tiny_config, tmp_path, monkeypatch, read_metrics
 ):
-  """The first of two: the second is the best, in the summary and among the checkpoints."""
-  scores = iter([math.nan, 12.0])
+  """Of two evaluations the second, at the end: what it scored is not saved."""
+  scores = iter([12.0, math.nan])
   monkeypatch.setattr(
     loop.Evaluator, "__call__", lambda self, params: evaluation.score(next(scores), 4, 3, 8)
   )
-  summary = loop.train(tiny_config(), tmp_path, quiet=True)
-  assert summary["best"]["step"] == 12 and summary["best"]["loss"] == 3.0
+  message = r"step 12: validation loss=nan; the checkpoint of step 8 is kept\. Lower"
+  with pytest.raises(NonFiniteError, match=message):
+    loop.train(tiny_config(), tmp_path, quiet=True)
   records = read_metrics(tmp_path)
-  assert [r["step"] for r in records if r.get("name") == "best"] == [12]
-  assert [r["loss"] for r in records if r["kind"] == "eval"] == ["nan", 3.0]
+  assert [r["loss"] for r in records if r["kind"] == "eval"] == [3.0, "nan"]
+  assert records[-1] == {"kind": "event", "step": 12, "name": "non_finite"}
+  assert not (tmp_path / "summary.json").exists()
   checkpoints = Checkpointer(tmp_path)
-  assert checkpoints.best_step() == 12
+  assert (checkpoints.best_step(), checkpoints.latest_step()) == (6, 8)
   checkpoints.close()
 
 
