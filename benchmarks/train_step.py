@@ -108,7 +108,8 @@ def forward_flops(config: Config, vocab_size: int) -> int:
 
 
 def peak_product() -> tuple[Callable[[], Any], int]:
-  """A call that multiplies two large square matrices, once or some times, and its operations."""
+  """A call that multiplies two large square matrices, ten times on an accelerator, and its
+  operations."""
   cpu = jax.default_backend() == "cpu"
   size, times = _PEAK_CPU if cpu else _PEAK_ACCELERATOR
   keys = jax.random.split(jax.random.key(0))

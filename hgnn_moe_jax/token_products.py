@@ -39,7 +39,7 @@ def _rows(a: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def mix(operator_EEBT: jax.Array, h_EBTD: jax.Array) -> jax.Array:
-  """sum_j P_ij h_j, receiver by sender, in float32: [E, B, T, D] of both arguments' dtype."""
+  """sum_j P_ij h_j, receiver by sender, summed in float32: [E, B, T, D] of the arguments' dtype."""
   if _on_gpu(_rows(h_EBTD).shape):
     operator_GEEN = operator_EEBT.reshape(1, *operator_EEBT.shape[:2], -1)
     return token_kernels.mix(operator_GEEN, _rows(h_EBTD)).reshape(h_EBTD.shape)

@@ -167,7 +167,7 @@ class Checkpointer:
     """The newest checkpoint that can be read, or None if there is none at all.
 
     Ones that cannot be read are reported, skipped and moved to WORKDIR/unreadable, so that training
-    can save those steps anew. Nothing is deleted: the disk, and not the file, may be at fault.
+    can save those steps anew. They are not deleted: the disk, and not the file, may be at fault.
 
     Raises:
       UserError: there are checkpoints and none can be read.
@@ -197,8 +197,8 @@ class Checkpointer:
         aside = self._workdir / "unreadable"
         aside.mkdir(exist_ok=True)
         for step in steps:
-          if (aside / str(step)).exists():  # Of an earlier time, and no better.
-            shutil.rmtree(aside / str(step))
+          # One of an earlier time gives way: one of each step is enough to look into.
+          shutil.rmtree(aside / str(step), ignore_errors=True)
           (self._folder / str(step)).rename(aside / str(step))
       processes.wait_for_all("what cannot be read is out of the way")
       self._manager.reload()

@@ -295,7 +295,9 @@ class Run:
       f"step {self.step} validation: token perplexity {score.token_perplexity:.6g}, "
       f"word perplexity {score.word_perplexity:.6g}, bits per byte {score.bits_per_byte:.4f}"
     )
-    if not math.isfinite(score.loss):  # The last update broke the parameters: nobody saves these.
+    if not math.isfinite(score.loss):
+      # The last update broke the parameters. They are not saved, and a first NaN would stay the
+      # best: nothing is less.
       self._non_finite(self.step, f"validation loss={score.loss}")
     control = self.assembly.controller.observe_evaluation(self.state.control, score.loss)
     self.state = self.state._replace(control=control)

@@ -137,7 +137,8 @@ def make_train_step(
     # Every rounds-th row: a round then has its part of every device's rows.
     parts = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, rounds, *a.shape[1:]), 0, 1), batch)
 
-    # A round without a token that counts has nothing to say; without any at all each says as much.
+    # Measures are weighed by tokens: a round that has none would dilute them, as if experts had
+    # collapsed. Where no round has any, all weigh the same.
     tokens_r = parts.weights_BT.sum((1, 2))
     share_r = jnp.where(tokens_r.sum() > 0, tokens_r / total, 1 / rounds)
 
@@ -149,10 +150,10 @@ def make_train_step(
       return jax.tree.map(jnp.add, carry, part_gradient(xs)), None
 
     keys = None if key is None else jax.random.split(key, rounds)
-    rounds_of = (parts, share_r, keys)
-    shapes = jax.eval_shape(part_gradient, jax.tree.map(lambda a: a[0], rounds_of))
+    by_round = (parts, share_r, keys)
+    shapes = jax.eval_shape(part_gradient, jax.tree.map(lambda a: a[0], by_round))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add_part, zeros, rounds_of)[0]
+    return jax.lax.scan(add_part, zeros, by_round)[0]
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepRecord]:
     strengths: Strengths = jax.lax.stop_gradient(controller.strengths(state.control))

@@ -193,16 +193,21 @@ def test_zero_strength_leaves_the_gradient_alone_and_still_measures(without_pena
   )
 
 
-def test_accumulation_in_four_rounds_is_one_batch(without_penalties, plain_step):
-  """Rounds hold 26, 32, 0 and 2 scored tokens: a mean over rounds would weigh them wrongly."""
-  batch = batch_of(8, lengths=[16, 10, 16, 16, 0, 0, 1, 1])
-  four = plain_step(
+@pytest.fixture
+def four(plain_step):
+  """As `without_penalties`, in four rounds."""
+  return plain_step(
     **{
       "orthogonality.weight_strength": 0.0,
       "orthogonality.output_strength": 0.0,
       "training.accumulation": 4,
     }
   )
+
+
+def test_accumulation_in_four_rounds_is_one_batch(without_penalties, four):
+  """Rounds hold 26, 32, 0 and 2 scored tokens: a mean over rounds would weigh them wrongly."""
+  batch = batch_of(8, lengths=[16, 10, 16, 16, 0, 0, 1, 1])
   whole, parts = (
     without_penalties.step(without_penalties.state, batch),
     four.step(four.state, batch),
@@ -215,16 +220,9 @@ def test_accumulation_in_four_rounds_is_one_batch(without_penalties, plain_step)
   assert float(parts[1].tokens) == float(whole[1].tokens) == 60
 
 
-def test_a_round_without_tokens_has_nothing_to_say(without_penalties, plain_step):
+def test_a_round_without_tokens_has_nothing_to_say(without_penalties, four):
   """All scored tokens are in one of the rounds: what is measured is what one round would."""
   batch = batch_of(8, lengths=[16, 0, 0, 0, 10, 0, 0, 0])
-  four = plain_step(
-    **{
-      "orthogonality.weight_strength": 0.0,
-      "orthogonality.output_strength": 0.0,
-      "training.accumulation": 4,
-    }
-  )
   _, whole = without_penalties.step(without_penalties.state, batch)
   _, parts = four.step(four.state, batch)
   for field in ("output_penalty", "output_specialization", "effective_experts", "gate_entropy"):
