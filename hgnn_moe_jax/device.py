@@ -25,10 +25,15 @@ def compiler_options() -> dict[str, str]:
   """XLA's options for the large programs: training and evaluation.
 
   On an NVIDIA GPU one pass of XLA makes Triton kernels of layer normalisations, and the fusing pass
-  weighs these up at length: 40 to 65 % of the compilation, for kernels that are no faster
-  (docs/performance.md). XLA_FLAGS has the last word.
+  weighs these up at length: 40 to 65 % of the compilation, for kernels that are no faster. And of
+  the kernels in a CUDA graph all that do not wait for one another may run at once: a layer has many
+  that fill a part of the device only (docs/performance.md). XLA_FLAGS has the last word.
   """
-  name = "xla_disable_hlo_passes"
-  if nvidia_capability() is None or name in os.environ.get("XLA_FLAGS", ""):
+  if nvidia_capability() is None:
     return {}
-  return {name: "triton-softmax-rewriter"}
+  options = {
+    "xla_disable_hlo_passes": "triton-softmax-rewriter",
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+  }
+  flags = os.environ.get("XLA_FLAGS", "")
+  return {name: value for name, value in options.items() if name not in flags}

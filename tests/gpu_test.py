@@ -13,7 +13,7 @@ import pytest
 from hgnn_moe_jax import device, token_kernels, token_sums
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.data.examples import place, stream_examples
-from hgnn_moe_jax.models import attention, head, language_model
+from hgnn_moe_jax.models import attention, attention_kernels, head, language_model
 from hgnn_moe_jax.orthogonality import outputs
 from hgnn_moe_jax.training.assembly import assemble_sized
 from hgnn_moe_jax.training.step import Feed, as_count
@@ -81,6 +81,33 @@ def test_attention():
   assert _distance(fused, exact) < 1e-2
 
 
+@pytest.mark.parametrize(("length", "head_dim"), [(128, 64), (64, 32), (16, 128)])
+def test_attention_of_short_rows(length, head_dim):
+  rows, experts, heads = 3, 4, 2
+  qkv = _normal(0, (rows, length, experts, 3, heads, head_dim), jnp.bfloat16)
+  bias = _normal(1, (experts, 3, heads, head_dim))
+  weights = _normal(2, (experts, rows, length, heads, head_dim))
+  assert attention_kernels.fits(qkv)
+
+  def exact(qkv, bias):
+    q, k, v = jnp.moveaxis(qkv + bias[None, None], 3, 0)
+    q, k, v = (x.reshape(rows, length, -1, head_dim) for x in (q, k, v))
+    mixed = attention.causal_attention(q, k, v)
+    return jnp.moveaxis(mixed.reshape(rows, length, experts, heads, head_dim), 2, 0)
+
+  def gradients(attend, qkv):
+    total = lambda *given: jnp.sum(attend(*given).astype(jnp.float32) * weights)  # noqa: E731
+    return jax.jit(jax.grad(total, (0, 1)))(qkv, bias)
+
+  found = attention_kernels.causal_attention, qkv
+  with jax.default_matmul_precision("highest"):
+    expected = exact, qkv.astype(jnp.float32)
+    mixed, wanted = jax.jit(exact)(expected[1], bias), gradients(*expected)
+  assert _distance(found[0](qkv, bias), mixed) < 5e-3
+  for one, other in zip(gradients(*found), wanted, strict=True):
+    assert _distance(one, other) < 1e-2
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_sums_over_tokens(dtype):
   grad = _normal(0, (4, 32, 128, 256), dtype)
@@ -90,12 +117,13 @@ def test_sums_over_tokens(dtype):
   assert _distance(jax.jit(pull)(grad)[0], jnp.asarray(expected, jnp.float32)) < 1e-6
 
 
-@pytest.mark.parametrize("vocab_size", [V, 1024])
-def test_cross_entropy(vocab_size):
+@pytest.mark.parametrize(("vocab_size", "dim"), [(V, 64), (1024, 256), (V, 320)])
+def test_cross_entropy(vocab_size, dim):
+  """The last one without `head_kernels`."""
   # In bfloat16 already, so that the products are exact and only their sums are rounded.
   x, kernel = (
     _normal(i, s, jnp.bfloat16).astype(jnp.float32)
-    for i, s in ((0, (600, 64)), (1, (64, vocab_size)))
+    for i, s in ((0, (600, dim)), (1, (dim, vocab_size)))
   )
   target = np.random.default_rng(2).integers(0, vocab_size, 600).astype(np.int32)
   weight = np.random.default_rng(3).random(600).astype(np.float32)

@@ -15,9 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hgnn_moe_jax import device
 from hgnn_moe_jax.config import ModelConfig
-from hgnn_moe_jax.layout import constrain, shards
-from hgnn_moe_jax.models import attention, token_groups
+from hgnn_moe_jax.layout import constrain, on_mesh, shards
+from hgnn_moe_jax.models import attention, attention_kernels, token_groups
 from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.layers import (
   dropout,
@@ -98,23 +99,36 @@ class ExpertBlocks(nn.Module):
     kernel_DESNH = jnp.einsum("EDSNH->DESNH", kernel)
     B, T = x_BTD.shape[:2]
     qkv_BTESNH = project_all(normalize(x_BTD).astype(self.dtype), kernel_DESNH)
-    qkv_BTESNH = qkv_BTESNH + on_tokens(bias_ESNH, (B, T), 0, self.dtype)
-    q, k, v = (_merge_heads(part.squeeze(3)) for part in jnp.split(qkv_BTESNH, 3, axis=3))
-    if c.positions == "rotary":
-      q, k = attention.rotate(q, position_BT), attention.rotate(k, position_BT)
-    if cache is None:
-      mixed_BTGH = attention.causal_attention(q, k, v)
-    else:
-      mixed_BTGH, cache = attention.cached_attention(q, k, v, cache, position_BT)
-    mixed_BTEX = _split_heads(mixed_BTGH, E).reshape(B, T, E, N * H)
+    mixed_EBTNH, cache = self._mix(qkv_BTESNH, bias_ESNH, position_BT, cache)
     out_EXD = self.param(
       "out_kernel",
       named(fan_in_normal(N * H, self._residual_gain), "expert", "heads", "embed"),
       (E, N * H, D),
     )
     out_bias_ED = self.param("out_bias", named(nn.initializers.zeros, "expert", "embed"), (E, D))
-    attended_EBTD = project_each(jnp.moveaxis(mixed_BTEX, 2, 0), out_EXD)
+    attended_EBTD = project_each(mixed_EBTNH.reshape(E, B, T, N * H), out_EXD)
     return attended_EBTD + on_tokens(out_bias_ED, (B, T), 1, self.dtype), cache
+
+  def _mix(
+    self,
+    qkv_BTESNH: jax.Array,
+    bias_ESNH: jax.Array,
+    position_BT: jax.Array,
+    cache: KeyValueCache | None,
+  ) -> tuple[jax.Array, KeyValueCache | None]:
+    """Every head's mixture of values, [E, B, T, N, H], and the cache."""
+    rotary, E = self.config.positions == "rotary", self.config.num_experts
+    if cache is None and not rotary and _takes_kernels(qkv_BTESNH):
+      return attention_kernels.causal_attention(qkv_BTESNH, bias_ESNH), None
+    qkv_BTESNH = qkv_BTESNH + on_tokens(bias_ESNH, qkv_BTESNH.shape[:2], 0, self.dtype)
+    q, k, v = (_merge_heads(part.squeeze(3)) for part in jnp.split(qkv_BTESNH, 3, axis=3))
+    if rotary:
+      q, k = attention.rotate(q, position_BT), attention.rotate(k, position_BT)
+    if cache is None:
+      mixed_BTGH = attention.causal_attention(q, k, v)
+    else:
+      mixed_BTGH, cache = attention.cached_attention(q, k, v, cache, position_BT)
+    return jnp.moveaxis(_split_heads(mixed_BTGH, E), 2, 0), cache
 
   def _ffn(self, hidden_EBTD: jax.Array, route: Route | None) -> jax.Array:
     """hidden_EBTD: normalised, without gain and bias, which are folded into the first kernel."""
@@ -149,6 +163,10 @@ class ExpertBlocks(nn.Module):
   def _residual_gain(self) -> float:
     """Two updates a layer are added to the stream; this keeps its variance from growing with L."""
     return (2 * self.config.num_layers) ** -0.5
+
+
+def _takes_kernels(qkv_BTESNH: jax.Array) -> bool:
+  return not on_mesh() and attention_kernels.fits(qkv_BTESNH) and device.has_ampere_kernels()
 
 
 def _merge_heads(x_BTENH: jax.Array) -> jax.Array:

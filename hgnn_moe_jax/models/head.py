@@ -6,6 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hgnn_moe_jax import device
+from hgnn_moe_jax.layout import on_mesh
+from hgnn_moe_jax.models import head_kernels
+
 # Entries of one chunk's logits. On CPU a chunk should stay near the cache; on an accelerator it
 # should fill the device. Few rows would rewrite the kernel's gradient too often.
 _CHUNK_ENTRIES = {"cpu": 2**21}
@@ -15,7 +19,6 @@ _LEAST_ROWS = 256
 # products took 2.4 times as long.
 _ALIGNMENT = {"cpu": 1}
 _ALIGNMENT_ACCELERATOR = 128
-_LOWEST = float(jnp.finfo(jnp.float32).min)  # Differences of two of these are 0, and not NaN.
 
 
 def chunk_rows(num_rows: int, vocab_size: int) -> int:
@@ -51,7 +54,7 @@ def linear_cross_entropy(
   vocab_size, kernel_DV = kernel_DV.shape[1], _aligned(kernel_DV.astype(dtype))
 
   def body(total, chunk):
-    nll_n, _, _ = _chunk_nll(chunk, kernel_DV, vocab_size)
+    nll_n, _ = _nll_and_error(chunk, kernel_DV, vocab_size)
     return total + jnp.sum(chunk.weight_n * nll_n), None
 
   return jax.lax.scan(body, jnp.zeros(()), chunks)[0]
@@ -79,15 +82,23 @@ def _aligned(kernel_DV: jax.Array) -> jax.Array:
   return jnp.pad(kernel_DV, ((0, 0), (0, -kernel_DV.shape[1] % multiple)))
 
 
-def _chunk_nll(
+def _nll_and_error(
   chunk: _Chunk, kernel_DV: jax.Array, vocab_size: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """nll_n, and the unnormalised softmax exp_nV with its sums total_n."""
+) -> tuple[jax.Array, jax.Array]:
+  """nll_n, and weight_n d nll_n / d logit_nv = weight_n (softmax - onehot) in the kernel's dtype."""
   x_nD = chunk.x_nD.astype(kernel_DV.dtype)
+  if device.has_ampere_kernels() and not on_mesh() and head_kernels.fits(x_nD, kernel_DV.T):
+    log_total_n = head_kernels.log_totals(x_nD, kernel_DV.T, vocab_size)
+    chosen_nD = kernel_DV.T[chunk.target_n].astype(jnp.float32)
+    chosen_n = jnp.sum(x_nD.astype(jnp.float32) * chosen_nD, 1)
+    error_nV = head_kernels.errors(
+      x_nD, kernel_DV.T, vocab_size, log_total_n, chunk.target_n, chunk.weight_n
+    )
+    return log_total_n - chosen_n, error_nV
   logit_nV = jnp.matmul(x_nD, kernel_DV, preferred_element_type=jnp.float32)
   if kernel_DV.shape[1] > vocab_size:
     exists_V = jnp.arange(kernel_DV.shape[1]) < vocab_size
-    logit_nV = jnp.where(exists_V[None, :], logit_nV, _LOWEST)
+    logit_nV = jnp.where(exists_V[None, :], logit_nV, head_kernels.LOWEST)
   chosen_n = jnp.take_along_axis(logit_nV, chunk.target_n[:, None], axis=-1)[:, 0]
   if jax.default_backend() == "cpu":
     top_n = logit_nV.max(-1)
@@ -96,7 +107,10 @@ def _chunk_nll(
   else:
     top_n, total_n = _top_and_total(logit_nV)
     exp_nV = jnp.exp(logit_nV - top_n[:, None])
-  return jnp.log(total_n) + top_n - chosen_n, exp_nV, total_n
+  hit_nV = jnp.arange(kernel_DV.shape[1])[None, :] == chunk.target_n[:, None]
+  error_nV = exp_nV * (chunk.weight_n / total_n)[:, None]
+  error_nV = jnp.where(hit_nV, error_nV - chunk.weight_n[:, None], error_nV)
+  return jnp.log(total_n) + top_n - chosen_n, error_nV.astype(kernel_DV.dtype)
 
 
 def _top_and_total(logit_nV: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -110,7 +124,7 @@ def _top_and_total(logit_nV: jax.Array) -> tuple[jax.Array, jax.Array]:
     top = jnp.maximum(one[0], other[0])
     return top, one[1] * jnp.exp(one[0] - top) + other[1] * jnp.exp(other[0] - top)
 
-  start = (jnp.float32(_LOWEST), jnp.float32(0))
+  start = (jnp.float32(head_kernels.LOWEST), jnp.float32(0))
   return jax.lax.reduce((logit_nV, jnp.ones_like(logit_nV)), start, join, (1,))
 
 
@@ -120,11 +134,7 @@ def _forward(x_ND, kernel_DV, target_N, weight_N, rows, dtype):
   def body(carry, xs):
     total, grad_DV = carry
     chunk, x_Dn = xs
-    nll_n, exp_nV, total_n = _chunk_nll(chunk, kernel, vocab_size)
-    # d nll / d logits = softmax - onehot.
-    hit_nV = jnp.arange(kernel.shape[1])[None, :] == chunk.target_n[:, None]
-    error_nV = exp_nV * (chunk.weight_n / total_n)[:, None]
-    error_nV = jnp.where(hit_nV, error_nV - chunk.weight_n[:, None], error_nV).astype(dtype)
+    nll_n, error_nV = _nll_and_error(chunk, kernel, vocab_size)
     grad_nD = jnp.matmul(error_nV, kernel.T, preferred_element_type=jnp.float32)
     grad_DV = grad_DV + jnp.matmul(x_Dn, error_nV, preferred_element_type=jnp.float32)
     return (total + jnp.sum(chunk.weight_n * nll_n), grad_DV), (grad_nD, nll_n)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from hgnn_moe_jax import device, token_products
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.layout import by_token, constrain, on_mesh, shards
-from hgnn_moe_jax.models import head
+from hgnn_moe_jax.models import attention_kernels, head
 from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.coupling import Coupler
 from hgnn_moe_jax.models.expert import ExpertBlocks
@@ -135,14 +135,14 @@ def _keeps_products_only(num_layers: int) -> bool:
 
 
 def _is_product(primitive: Any, *_: Any, **params: Any) -> bool:
-  """A policy of `jax.checkpoint`: keep the results of products and of cuDNN's attention.
+  """A policy of `jax.checkpoint`: keep the results of products and of attention's kernels.
 
   In a loop over layers every array that the backward pass wants is copied into a stack and out of
   it again. What lies between two products is cheaper to compute once more.
   """
   name = primitive.name
   if name == "name":
-    return params["name"] == token_products.SAVED
+    return params["name"] in (token_products.SAVED, attention_kernels.SAVED)
   return name == "dot_general" or name.startswith("dot_product_attention_fwd")
 
 
