@@ -17,8 +17,15 @@ def nvidia_capability() -> float | None:
 
 def has_ampere_kernels() -> bool:
   """Whether bfloat16 products, cuDNN's fused attention and Pallas kernels run: from 8.0 on."""
-  capability = nvidia_capability()
-  return capability is not None and capability >= 8
+  return (nvidia_capability() or 0) >= 8
+
+
+def has_hopper_kernels() -> bool:
+  """Whether Pallas kernels around matrix products are fast enough (H100, H200): from 9.0 on.
+
+  They compile for GPUs before, where nobody has timed them.
+  """
+  return (nvidia_capability() or 0) >= 9
 
 
 def compiler_options() -> dict[str, str]:

@@ -12,25 +12,30 @@ from hgnn_moe_jax.data.examples import Batch
 from hgnn_moe_jax.models import language_model
 from hgnn_moe_jax.training import step
 
-A100, T4, MI300 = ({"compute_capability": name} for name in ("8.0", "7.5", "gfx942"))
+H100, A100, T4, MI300 = ({"compute_capability": c} for c in ("9.0", "8.0", "7.5", "gfx942"))
 
 
 @pytest.mark.parametrize(
   ("backend", "properties", "capability", "kernels", "dtype"),
   [
-    ("cpu", {}, None, False, jnp.float32),
-    ("tpu", {}, None, False, jnp.bfloat16),
-    ("gpu", A100, 8.0, True, jnp.bfloat16),
-    ("gpu", T4, 7.5, False, jnp.float32),
-    ("gpu", MI300, None, False, jnp.bfloat16),
+    ("cpu", {}, None, (False, False), jnp.float32),
+    ("tpu", {}, None, (False, False), jnp.bfloat16),
+    ("gpu", H100, 9.0, (True, True), jnp.bfloat16),
+    ("gpu", A100, 8.0, (True, False), jnp.bfloat16),
+    ("gpu", T4, 7.5, (False, False), jnp.float32),
+    ("gpu", MI300, None, (False, False), jnp.bfloat16),
   ],
 )
 def test_what_a_device_can_do(backend, properties, capability, kernels, dtype, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(**properties)])
   assert device.nvidia_capability() == capability
-  assert device.has_ampere_kernels() is kernels
+  assert (device.has_ampere_kernels(), device.has_hopper_kernels()) == kernels
   assert language_model.compute_dtype(ModelConfig()) == dtype
+
+
+PASSES = {"xla_disable_hlo_passes": "triton-softmax-rewriter"}
+AT_ONCE = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
 @pytest.mark.parametrize(
@@ -38,8 +43,9 @@ def test_what_a_device_can_do(backend, properties, capability, kernels, dtype, m
   [
     ("cpu", {}, "", {}),
     ("gpu", MI300, "", {}),
-    ("gpu", T4, "--xla_other=1", {"xla_disable_hlo_passes": "triton-softmax-rewriter"}),
-    ("gpu", A100, "--xla_disable_hlo_passes=cse", {}),
+    ("gpu", T4, "--xla_other=1", {**PASSES, **AT_ONCE}),
+    ("gpu", A100, "--xla_disable_hlo_passes=cse", AT_ONCE),
+    ("gpu", A100, "--xla_gpu_command_buffer_scheduling_mode=LHS", PASSES),
   ],
 )
 def test_options_of_the_compiler(backend, properties, flags, expected, monkeypatch):

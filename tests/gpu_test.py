@@ -81,7 +81,7 @@ def test_attention():
   assert _distance(fused, exact) < 1e-2
 
 
-@pytest.mark.parametrize(("length", "head_dim"), [(128, 64), (64, 32), (16, 128)])
+@pytest.mark.parametrize(("length", "head_dim"), [(128, 64), (64, 32), (16, 16)])
 def test_attention_of_short_rows(length, head_dim):
   rows, experts, heads = 3, 4, 2
   qkv = _normal(0, (rows, length, experts, 3, heads, head_dim), jnp.bfloat16)

@@ -1,7 +1,7 @@
 """Causal attention of short rows on NVIDIA GPUs, in Pallas: a row's scores fit on one processor.
 
-A program takes one head of one row, whose T x T scores exist nowhere else, so that nothing has to be
-kept for the backward pass but queries, keys and values. They are read where the projection left
+A program takes one head of one row, whose T x T scores exist nowhere else, so that nothing but
+queries, keys and values is kept for the backward pass. They are read where the projection left
 them, and their gradients are written in that order; kernels for long rows want three arrays, which
 are copied out of it and back.
 """
@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton
 SAVED = "attention"  # Its result's name for a policy of rematerialisation.
 
 _LENGTHS = (16, 32, 64, 128)  # tokens of a row: powers of two, of which the scores fit
-_HEAD_DIMS = (16, 32, 64, 128)
+_HEAD_DIMS = (16, 32, 64)
 
 
 def fits(qkv_BTESNH: jax.Array) -> bool:

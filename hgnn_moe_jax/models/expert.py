@@ -166,7 +166,7 @@ class ExpertBlocks(nn.Module):
 
 
 def _takes_kernels(qkv_BTESNH: jax.Array) -> bool:
-  return not on_mesh() and attention_kernels.fits(qkv_BTESNH) and device.has_ampere_kernels()
+  return not on_mesh() and attention_kernels.fits(qkv_BTESNH) and device.has_hopper_kernels()
 
 
 def _merge_heads(x_BTENH: jax.Array) -> jax.Array:

@@ -85,9 +85,9 @@ def _aligned(kernel_DV: jax.Array) -> jax.Array:
 def _nll_and_error(
   chunk: _Chunk, kernel_DV: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:
-  """nll_n, and weight_n d nll_n / d logit_nv = weight_n (softmax - onehot) in the kernel's dtype."""
+  """nll_n, and its gradient by the logits, weight_n (softmax - onehot), in the kernel's dtype."""
   x_nD = chunk.x_nD.astype(kernel_DV.dtype)
-  if device.has_ampere_kernels() and not on_mesh() and head_kernels.fits(x_nD, kernel_DV.T):
+  if device.has_hopper_kernels() and not on_mesh() and head_kernels.fits(x_nD, kernel_DV.T):
     log_total_n = head_kernels.log_totals(x_nD, kernel_DV.T, vocab_size)
     chosen_nD = kernel_DV.T[chunk.target_n].astype(jnp.float32)
     chosen_n = jnp.sum(x_nD.astype(jnp.float32) * chosen_nD, 1)

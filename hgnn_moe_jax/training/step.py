@@ -164,7 +164,6 @@ def make_train_step(
       grads = jax.tree.map(jnp.add, grads, weight_grads)
     else:
       _, weight = weight_loss(state.params, strengths)
-    grads = _written(grads)
     with jax.named_scope("optimizer"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
@@ -216,11 +215,6 @@ def make_train_step(
     return new_state, record
 
   return train_step
-
-
-def _written(grads: Params) -> Params:
-  """XLA would otherwise stack the layers' gradients anew for each moment and for the update."""
-  return grads if jax.default_backend() == "cpu" else jax.lax.optimization_barrier(grads)
 
 
 def _by_pair(overlap_LEE: jax.Array, pairs_LEE: jax.Array | None) -> jax.Array:
