@@ -62,7 +62,7 @@ DEVICES = {
   "A100": Device(312e12, 8, 300e9, 25e9),
   "H100, H200": Device(989e12, 8, 450e9, 50e9),
 }
-_UTILIZATION = 0.45  # assumed for several; `large` on one H200: 0.53
+_UTILIZATION = 0.45  # assumed for several; `large` on one H200: 0.34 of the data sheet's rate
 
 
 def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -> dict[str, Any]:

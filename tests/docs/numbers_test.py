@@ -118,12 +118,31 @@ def test_the_originals_headline_is_the_measured_one():
       f"{run['train_seconds']:.1f}",
       f"{run['wall_seconds']:.1f}",
     ]
+  later = result["later"]
+  best, last = (later[when]["token_perplexity"] for when in ("best", "last"))
+  told = (
+    f"took {later['wall_seconds']} s in all, {later['train_seconds']:.1f} of them",
+    f"best was {best:.2f} at step {later['best']['step']:,}, and {last:.2f} at",
+  )
+  text = " ".join(page("from-the-seed.md").split())
+  assert all(words in text for words in told)
 
 
-def test_the_table_of_parts_is_the_measured_one():
-  result = json.loads((ROOT / "benchmarks" / "results" / "parts_cpu.json").read_text())
-  (measured,) = result["measurements"]
+@pytest.mark.parametrize(("name", "shape"), [("parts_cpu", "small"), ("parts_h200", "large")])
+def test_the_table_of_parts_is_the_measured_one(name, shape):
+  result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+  (measured,) = (m for m in result["measurements"] if m["shape"] == shape)
   assert parts.table(measured["parts_milliseconds"]) in page("performance.md")
+
+
+def test_what_the_last_changes_for_gpus_bought_is_the_measured():
+  result = json.loads((ROOT / "benchmarks" / "results" / "changes_h200.json").read_text())
+  steps = [f"{1000 * v['seconds_per_step']:.2f}" for v in result["variants"]]
+  at_once, attention, head, barrier = steps
+  text = page("performance.md")
+  for told in (f"→ {at_once}.", f"{at_once} → {attention} |", f"{attention} → {head} ms"):
+    assert told in text
+  assert f"({head} against {barrier} ms" in text
 
 
 def test_the_counts_of_wikitext2_are_those_that_are_asserted_elsewhere():
