@@ -27,7 +27,8 @@ _BYTES = {
 }
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _INSTRUCTION = re.compile(
-  rf"= (?P<shape>.*?) (?P<kind>{'|'.join(_KINDS)})(?:-start)?\((?P<operands>.*?)\)(?P<rest>.*)$"
+  rf"= (?P<shape>.*?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\((?P<operands>.*?)\)"
+  r"(?P<rest>.*)$"
 )
 _LOOP = re.compile(r" while\(.*body=%?(?P<body>[\w.\-]+)(?P<rest>.*)$")
 _CALL = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
@@ -103,7 +104,7 @@ def _asked(partitioned: str) -> dict[tuple[str, int], _Asked]:
         name = line.split("=")[0].replace("ROOT", "").strip()
         users = [user for user in lines if re.search(rf"[( ]{re.escape(name)}[,)]", user)]
         scattered = len(users) == 1 and " dynamic-slice(" in users[0]
-        for dtype, entries in _arrays(found["kind"], found["shape"]):
+        for dtype, entries in _arrays(found["kind"], _result(found)):
           ways.setdefault((found["kind"], entries), set()).add(_Asked(dtype, scattered))
   return {key: way.pop() for key, way in ways.items() if len(way) == 1}
 
@@ -135,7 +136,7 @@ def _of(
       group = _group(found["rest"], num_devices)
       if len(group) > 1:
         span = max(group) - min(group) + 1
-        for dtype, entries in _arrays(found["kind"], found["shape"]):
+        for dtype, entries in _arrays(found["kind"], _result(found)):
           way = asked.get((found["kind"], entries), _Asked(dtype, scattered=False))
           kind, size = found["kind"], _BYTES[way.dtype] * entries
           if kind == "all-reduce" and way.scattered:
@@ -151,6 +152,21 @@ def _of(
         called += [b.strip().lstrip("%") for b in branches.split(",")]
       for callee in called:
         yield from _of(computations, callee, num_devices, asked, times)
+
+
+def _result(found: re.Match[str]) -> str:
+  """The shape of what a collective gives. Where one only starts, its operands' comes before it."""
+  shape = found["shape"]
+  if not found["start"] or found["kind"] == "all-reduce":
+    return shape
+  depth, parts = 0, [""]
+  for character in shape[1:-1]:  # of (operands, results) and, sometimes, more
+    depth += (character in "([{") - (character in ")]}")
+    if character == "," and not depth:
+      parts.append("")
+    else:
+      parts[-1] += character
+  return parts[1]
 
 
 def _arrays(kind: str, shape: str) -> list[tuple[str, int]]:

@@ -1,14 +1,15 @@
 """What training needs on more devices than are there: XLA's own account, before anything runs.
 
-python -m benchmarks.scaling --shape=large,10b --devices=8,64,256 --out=FILE
+python -m benchmarks.scaling --shape=large,10b --devices=8,64,256 --target=H200 --out=FILE
 
-Every cell is compiled ahead of time for so many virtual CPU devices. Memory per device is XLA's
-plan of the program's buffers; bytes sent per device and step are those of the collectives that its
-partitioner put into the program. Times on real devices are predicted from these and from data
+Every cell is compiled ahead of time for so many GPUs, or virtual CPU devices. Memory per device is
+XLA's plan of the program's buffers; bytes sent per device and step are those of the collectives
+that its partitioner put into the program. Times on real devices are predicted from these and from data
 sheets: operations / (peak x utilization) and bytes / link, one hidden behind the other (lower
 bound) or one after the other (upper bound).
 """
 
+import contextlib
 import pathlib
 import re
 import sys
@@ -22,9 +23,10 @@ import numpy as np
 from absl import flags
 from jax.sharding import AxisType, Mesh
 
+from benchmarks import gpu_target
 from benchmarks.collectives import Collective, collectives
 from benchmarks.train_step import COUPLERS, EVERYWHERE, SHAPES, forward_flops, shape_fields
-from hgnn_moe_jax import cli, sharding
+from hgnn_moe_jax import cli, device, sharding
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.data.examples import Batch
 from hgnn_moe_jax.errors import UserError
@@ -66,7 +68,7 @@ _UTILIZATION = 0.45  # assumed for several; `large` on one H200: 0.34 of the dat
 
 
 def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -> dict[str, Any]:
-  """Compiles one training step on a mesh of virtual devices.
+  """Compiles one training step on a mesh of the devices that JAX has, or pretends to have.
 
   Returns:
     seconds of compiling, bytes per device, and collectives.
@@ -74,6 +76,10 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
   count = shape[0] * shape[1] * shape[2]
   grid = np.asarray(jax.devices()[:count]).reshape(shape)
   mesh = Mesh(grid, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+  # A program for GPUs sends what it says; for CPU's the partitioner's text says more.
+  on_cpu = jax.default_backend() == "cpu"
+  options = _DUMP if on_cpu else {**device.compiler_options(), **gpu_target.COMPILER_OPTIONS}
+  platforms = None if on_cpu else ("cuda",)
   with jax.set_mesh(mesh):
     a = assemble_sized(config, vocab_size, config.training.steps, mesh)
     rows = (config.training.batch_size, config.model.max_length)
@@ -83,11 +89,12 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
     out = (a.shardings, sharding.replicated(mesh))
     jitted = jax.jit(a.train_step, donate_argnums=0, out_shardings=out)
     started = time.perf_counter()
-    lowered = jitted.lower(a.abstract_state, Batch(ids, ids, weights))
+    traced = jitted.trace(a.abstract_state, Batch(ids, ids, weights))
+    lowered = traced.lower(lowering_platforms=platforms)
     with tempfile.TemporaryDirectory() as folder:
-      compiled = lowered.compile(compiler_options={"xla_dump_to": folder, **_DUMP})
-      (partitioned,) = pathlib.Path(folder).glob("*.after_spmd-partitioning.*.txt")
-      partitioned = partitioned.read_text()
+      compiled = lowered.compile(compiler_options={"xla_dump_to": folder, **options})
+      dumped = pathlib.Path(folder).glob("*.after_spmd-partitioning.*.txt")
+      partitioned = next(dumped).read_text() if on_cpu else ""
   memory: Any = compiled.memory_analysis()
   return {
     "compile_seconds": time.perf_counter() - started,
@@ -114,7 +121,9 @@ def summarize(found: list[Collective]) -> dict[str, float]:
   }
 
 
-def measure(shape: str, count: int, mesh: tuple[int, int, int], coupler: str) -> dict[str, Any]:
+def measure(
+  shape: str, count: int, mesh: tuple[int, int, int], coupler: str, target: str = "cpu"
+) -> dict[str, Any]:
   """One cell of the table."""
   fields, vocab_size = FAMILIES[shape]
   per_part = fields["training.batch_size"]
@@ -130,7 +139,9 @@ def measure(shape: str, count: int, mesh: tuple[int, int, int], coupler: str) ->
       "mesh.fsdp": True,
     },
   ).validate()
-  cell = compile_cell(config, vocab_size, mesh)
+  on_target = contextlib.nullcontext() if target == "cpu" else gpu_target.pretend(target, count)
+  with on_target:
+    cell = compile_cell(config, vocab_size, mesh)
   flops = 3 * forward_flops(with_fields(config, {"training.batch_size": per_part}), vocab_size)
   flops *= mesh[0]
   times = {name: predicted(cell, flops, count, device) for name, device in DEVICES.items()}
@@ -138,6 +149,7 @@ def measure(shape: str, count: int, mesh: tuple[int, int, int], coupler: str) ->
   return {
     "shape": shape,
     "coupler": coupler,
+    "target": target,
     "devices": count,
     "mesh": mesh,
     "batch": per_part * mesh[0],
@@ -173,6 +185,9 @@ def main() -> None:
   shapes = flags.DEFINE_list("shape", ["large", "10b"], f"Of {', '.join(FAMILIES)}.")
   counts = flags.DEFINE_list("devices", ["8", "64", "256"], "Of 8, 64, 256.")
   coupler = flags.DEFINE_enum("coupler", "graph", list(COUPLERS), "The coupler.")
+  target = flags.DEFINE_enum(
+    "target", "cpu", ["cpu", *gpu_target.TARGETS], "Whose program: no GPU has to be there."
+  )
   out = flags.DEFINE_string("out", None, "JSON file for the result.")
 
   def run(argv: list[str]) -> None:
@@ -189,7 +204,7 @@ def main() -> None:
     for shape in shapes.value:
       for count in map(int, counts.value):
         for mesh in MESHES[shape][count]:
-          results.append(measure(shape, count, mesh, coupler.value))
+          results.append(measure(shape, count, mesh, coupler.value, target.value))
           print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(results))
     if out.value:

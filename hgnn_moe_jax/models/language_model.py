@@ -307,7 +307,7 @@ def build(
     return _each_parameter(lambda box, value: value, boxed(key))
 
   def axes() -> dict[str, Any]:
-    shapes = jax.eval_shape(boxed, jax.random.key(0))
+    shapes = jax.eval_shape(boxed, jax.eval_shape(jax.random.key, 0))
     return _each_parameter(
       lambda box, value: box.names if box is not None else (None,) * value.ndim, shapes
     )

@@ -150,7 +150,7 @@ def _assembled(
 ) -> Assembly:
   del brought  # They are looked up where they are needed.
   model = build_model(config, vocab_size)
-  params = jax.eval_shape(model.init, jax.random.key(0))
+  params = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
   learning_rate = optimizers.learning_rate_schedule(config.training, total)
   optimizer = optimizers.build(config.training, learning_rate, params)
   controller = make_controller(config, total)

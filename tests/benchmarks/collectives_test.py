@@ -22,8 +22,12 @@ LOOP = """
 ENTRY %main (x: f32[8,4]) -> f32[16,4] {
   %w = (s32[], f32[8,4]) while(%init), condition=%condition, body=%body, CONFIG
   %y = f32[8,4]{1,0} get-tuple-element(%w), index=1
-  %s = (bf16[2,4], bf16[2]) all-gather-start(%y), replica_groups={{0,1},{2,3}}, dimensions={0}
+  %s = (bf16[1,4]{1,0}, bf16[2,4]{1,0}) all-gather-start(%y), replica_groups={{0,1},{2,3}}, dim
   %d = bf16[2,4] all-gather-done(%s)
+  %t = ((f32[8]{0}, bf16[4]), (f32[4]{0}, /*index=1*/bf16[2]), u32[]) reduce-scatter-start(%y, %z)
+  %u = (f32[4], bf16[2]) reduce-scatter-done(%t)
+  %v = (f32[3]{0}, f32[5]{0}) all-reduce-start(%y, %z), replica_groups={{0,1}}, to_apply=%add
+  %q = ((f32[6,2]), f32[6,2]) all-to-all-start(%y), replica_groups={{0,1}}, dimensions={0}
   %alone = f32[4] all-reduce(%y), replica_groups={{0},{1}}, to_apply=%add
   ROOT %p = f32[16,4]{1,0} collective-permute(%y), source_target_pairs={{0,1},{1,0}}
 }
@@ -36,7 +40,11 @@ def test_a_program_by_hand():
   assert found == [
     Collective("all-reduce", devices=4, span=4, bytes=8 * 4 * 4, times=3),
     Collective("all-gather", devices=2, span=2, bytes=2 * 4 * 2, times=1),
-    Collective("all-gather", devices=2, span=2, bytes=2 * 2, times=1),
+    Collective("reduce-scatter", devices=8, span=8, bytes=4 * 4, times=1),
+    Collective("reduce-scatter", devices=8, span=8, bytes=2 * 2, times=1),
+    Collective("all-reduce", devices=2, span=2, bytes=3 * 4, times=1),
+    Collective("all-reduce", devices=2, span=2, bytes=5 * 4, times=1),
+    Collective("all-to-all", devices=2, span=2, bytes=6 * 2 * 4, times=1),
     Collective("collective-permute", devices=2, span=2, bytes=16 * 4 * 4, times=1),
   ]
 
