@@ -4,8 +4,8 @@ python -m benchmarks.scaling --shape=large,10b --devices=8,64,256 --target=H200 
 
 Every cell is compiled ahead of time for so many GPUs, or virtual CPU devices. Memory per device is
 XLA's plan of the program's buffers; bytes sent per device and step are those of the collectives
-that its partitioner put into the program. Times on real devices are predicted from these and from data
-sheets: operations / (peak x utilization) and bytes / link, one hidden behind the other (lower
+that its partitioner put into the program. Times on real devices are predicted from these and from
+data sheets: operations / (peak x utilization) and bytes / link, one hidden behind the other (lower
 bound) or one after the other (upper bound).
 """
 
