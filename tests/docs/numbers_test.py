@@ -76,7 +76,7 @@ def test_the_overhead_on_a_gpu_is_the_measured_one():
     ("accumulation_cpu", train_step, "performance.md"),
     ("generation_cpu", generation, "performance.md"),
     ("data_cpu", data, "performance.md"),
-    ("scaling", scaling, "scaling.md"),
+    ("scaling_h200", scaling, "scaling.md"),
   ],
 )
 def test_a_benchmarks_table_is_the_measured_one(name, benchmark, where):
