@@ -10,7 +10,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from benchmarks import gpu_target
+from benchmarks import gpu_target, memory
 from hgnn_moe_jax import device
 from hgnn_moe_jax.errors import UserError
 
@@ -47,11 +47,36 @@ def test_without_the_plugin(monkeypatch):
     pass
 
 
-def test_a_program_for_gpus(tmp_path):
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+  """(words of a command) -> its measurements."""
   pytest.importorskip("jax_plugins.xla_cuda12", reason="JAX's CUDA plugin is not installed")
-  command = [sys.executable, "-m", "benchmarks.scaling", "--shape=tiny", "--devices=8"]
-  out = tmp_path / "scaling.json"
-  subprocess.run([*command, "--target=H200", f"--out={out}"], check=True, env=os.environ)
-  (cell,) = json.loads(out.read_text())["measurements"]
+
+  def run(*words):
+    out = tmp_path_factory.mktemp("target") / "out.json"
+    subprocess.run([sys.executable, "-m", *words, f"--out={out}"], check=True, env=os.environ)
+    return json.loads(out.read_text())["measurements"]
+
+  return run
+
+
+def test_a_program_for_gpus(measured):
+  (cell,) = measured("benchmarks.scaling", "--shape=tiny", "--devices=8", "--target=H200")
   assert cell["target"] == "H200"
   assert {"reduce-scatter", "all-gather"} <= cell["sent_bytes"].keys()
+
+
+def test_what_a_config_needs(measured):
+  config = ["--config=configs/quickstart.py", "--config.model.num_layers=1", "--vocab_size=300"]
+  plain, rounds = measured(
+    "benchmarks.memory", *config, "--target=H100", "--sweep=training.accumulation=1,4"
+  )
+  for m in (plain, rounds):
+    assert 12 * m["parameters"] < m["state_bytes"] < 12 * m["parameters"] + 100_000
+  assert rounds["temporary_bytes"] < plain["temporary_bytes"]
+
+
+def test_the_table_of_memory():
+  one = {"target": "A100", "parameters": 39_457_928, "state_bytes": 0.5e9, "temporary_bytes": 3.5e9}
+  *_, row = memory.table([{"config": "mine", "sweep": "accumulation=4", **one}]).splitlines()
+  assert row == "| mine | accumulation=4 | 39.5 M | 0.50 | 3.50 | A100 | 5% |"
