@@ -10,7 +10,7 @@ import re
 import pytest
 
 import hgnn_moe_jax
-from benchmarks import data, generation, overhead, parts, scaling, train_step
+from benchmarks import data, generation, memory, overhead, parts, scaling, train_step
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -77,6 +77,7 @@ def test_the_overhead_on_a_gpu_is_the_measured_one():
     ("generation_cpu", generation, "performance.md"),
     ("data_cpu", data, "performance.md"),
     ("scaling_h200", scaling, "scaling.md"),
+    ("memory_a100", memory, "gpus-and-clusters.md"),
   ],
 )
 def test_a_benchmarks_table_is_the_measured_one(name, benchmark, where):
