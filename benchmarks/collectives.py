@@ -186,7 +186,8 @@ _GROUPS_OF_A_RANGE = re.compile(rf"replica_groups=\[(\d+),(\d+)\]<={_RANGE}")
 _GROUPS_OF_A_MESH = re.compile(
   rf"replica_groups=mesh\[([^]]*)\](?:, device_ids=\({_RANGE}\))? \{{([^}}]*)\}}"
 )
-_LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}")
+_LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}")
 
 
 def _numbers(listed: str) -> list[int]:
@@ -200,11 +201,15 @@ def _devices(dims: str, order: str | None) -> np.ndarray:
 
 
 def _group(rest: str, num_devices: int) -> list[int]:
-  """The devices of the first group, in any of the ways in which XLA writes them down.
+  """The devices of the first group, in any of the ways in which XLA writes them down; of pairs,
+  those that lie furthest apart.
 
   Listed; as a reshaped and transposed range, cut into groups; or as a mesh of such a range and the
   names of those of its axes along which a group lies.
   """
+  if found := _PAIRS.search(rest):
+    pairs = [_numbers(pair) for pair in re.findall(r"\d+,\d+", found[1])]
+    return max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
   if found := _LISTED_GROUPS.search(rest):
     return _numbers(found[1])
   if found := _GROUPS_OF_A_RANGE.search(rest):

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
+import jax
 from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from hgnn_moe_jax import device
 from hgnn_moe_jax.errors import UserError
+from hgnn_moe_jax.training import assembly
 
 # No kernels can be tried, and Triton's products need to be.
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
@@ -68,18 +71,22 @@ def _description(name: str) -> str:
 def pretend(name: str, count: int, per_node: int = 8) -> Iterator[None]:
   """While it lasts, `jax.devices()` are so many GPUs, and code that asks what it runs on is told.
 
-  Only compiling ahead of time works on them.
+  Only compiling ahead of time works on them. All threads are told the same. What has been traced
+  is forgotten before and after: it was traced for another device.
 
   Args:
     name: of TARGETS.
-    count: of GPUs, in nodes of `per_node`.
+    count: of GPUs, in nodes of `per_node`: a multiple of it, or less than one.
 
   Raises:
     UserError: JAX's CUDA plugin is not installed.
+    ValueError: there is no such number of whole nodes.
   """
+  nodes = -(-count // per_node)
+  if count % nodes:
+    raise ValueError(f"{count} GPUs are no whole number of nodes of {per_node}")
   # It would look for a driver, and for libraries that only run programs.
   os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-  nodes = -(-count // per_node)
   try:
     topology = topologies.get_topology_desc(
       name,
@@ -89,8 +96,7 @@ def pretend(name: str, count: int, per_node: int = 8) -> Iterator[None]:
     )
   except NotImplementedError as error:
     raise UserError(
-      f"--target={name}: JAX cannot compile for it here; pip install 'jax[cuda12]' (no GPU is "
-      "needed), or use --target=cpu"
+      f"--target={name}: JAX cannot compile for it; pip install 'jax[cuda12]', no GPU is needed"
     ) from error
   major, minor = TARGETS[name].capability
   cudnn = "jax._src.cudnn.fused_attention_stablehlo"
@@ -100,8 +106,18 @@ def pretend(name: str, count: int, per_node: int = 8) -> Iterator[None]:
     f"{cudnn}.check_cudnn_version": _CUDNN,
     f"{cudnn}.check_compute_capability": True,
   }
+  # Of this Pallas asks from JAX 0.11 on.
+  gpu = AbstractMesh((), (), abstract_device=AbstractDevice(f"NVIDIA {name}", None, "gpu"))
   with contextlib.ExitStack() as stack:
+    _forget()
+    stack.callback(_forget)
+    stack.enter_context(jax.sharding.use_abstract_mesh(gpu))
     for question, answer in answers.items():
       stack.enter_context(mock.patch(question, lambda *_, answer=answer: answer))
     stack.enter_context(mock.patch.object(device, "nvidia_capability", lambda: major + minor / 10))
     yield
+
+
+def _forget() -> None:
+  jax.clear_caches()
+  assembly._assembled.cache_clear()

@@ -3,8 +3,8 @@
 python -m benchmarks.memory --config=configs/adaptive.py --vocab_size=50257 --target=A100
 python -m benchmarks.memory --config=configs/original.py --sweep=training.accumulation=1,4
 
-Compiles the step ahead of time for one GPU of this kind (see `gpu_target`), and runs nothing.
-`XLA_FLAGS` counts, as in a run.
+Compiles the step ahead of time for one GPU of this kind (see `gpu_target`), whatever `mesh` the
+config has, and runs nothing. `XLA_FLAGS` counts, as in a run.
 """
 
 import pathlib
@@ -76,6 +76,8 @@ def main() -> None:
     cli.refuse_words(argv)
     jax.config.update("jax_platforms", "cpu")
     base, results = cli.validated(given_config.value), []
+    # What is compiled for a device that is not there cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
     for cell in parse_grid(sweep.value, base):
       config = with_fields(base, cell.values).validate()
       named = {"config": base.name, "sweep": cell.name if cell.values else ""}

@@ -78,7 +78,7 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
   mesh = Mesh(grid, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
   # A program for GPUs sends what it says; for CPU's the partitioner's text says more.
   on_cpu = jax.default_backend() == "cpu"
-  options = _DUMP if on_cpu else {**device.compiler_options(), **gpu_target.COMPILER_OPTIONS}
+  options = {} if on_cpu else {**device.compiler_options(), **gpu_target.COMPILER_OPTIONS}
   platforms = None if on_cpu else ("cuda",)
   with jax.set_mesh(mesh):
     a = assemble_sized(config, vocab_size, config.training.steps, mesh)
@@ -92,9 +92,13 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
     traced = jitted.trace(a.abstract_state, Batch(ids, ids, weights))
     lowered = traced.lower(lowering_platforms=platforms)
     with tempfile.TemporaryDirectory() as folder:
-      compiled = lowered.compile(compiler_options={"xla_dump_to": folder, **options})
-      dumped = pathlib.Path(folder).glob("*.after_spmd-partitioning.*.txt")
-      partitioned = next(dumped).read_text() if on_cpu else ""
+      if on_cpu:
+        options = {"xla_dump_to": folder, **_DUMP}
+      compiled = lowered.compile(compiler_options=options)
+      partitioned = ""
+      if on_cpu:
+        (dumped,) = pathlib.Path(folder).glob("*.after_spmd-partitioning.*.txt")
+        partitioned = dumped.read_text()
   memory: Any = compiled.memory_analysis()
   return {
     "compile_seconds": time.perf_counter() - started,

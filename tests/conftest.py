@@ -36,6 +36,7 @@ import numpy as np
 import pytest
 from absl import flags, logging
 from absl.testing import flagsaver
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from hgnn_moe_jax.config import Config
 
@@ -135,6 +136,21 @@ def config_file(tmp_path) -> Callable[[Config], str]:
     return f"--config={path}"
 
   return write
+
+
+@pytest.fixture
+def lowered_for_gpu():
+  """lowered_for_gpu(function, *shapes) -> the text that XLA for GPUs would compile.
+
+  From JAX 0.11 on Pallas asks which GPU it is.
+  """
+
+  def lower(function: Callable[..., Any], *shapes: Any) -> str:
+    gpu = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100", None, "gpu"))
+    with jax.sharding.use_abstract_mesh(gpu):
+      return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+  return lower
 
 
 class Outcome(NamedTuple):

@@ -50,7 +50,7 @@ def test_other_shapes_are_refused(shape):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_they_lower_for_a_gpu(dtype):
+def test_they_lower_for_a_gpu(dtype, lowered_for_gpu):
   G, E, N, D = shape = (2, 6, 100, 384)
   a = jax.ShapeDtypeStruct(shape, dtype)
   operator = jax.ShapeDtypeStruct((G, E, E, N), dtype)
@@ -60,5 +60,4 @@ def test_they_lower_for_a_gpu(dtype):
     (token_kernels.gram, (a, centre)),
     (token_kernels.mix, (operator, a, centre)),
   ):
-    lowered = jax.jit(kernel).trace(*arguments).lower(lowering_platforms=("cuda",))
-    assert "triton" in lowered.as_text()
+    assert "triton" in lowered_for_gpu(kernel, *arguments)

@@ -13,6 +13,7 @@ from jax.experimental import topologies
 from benchmarks import gpu_target, memory
 from hgnn_moe_jax import device
 from hgnn_moe_jax.errors import UserError
+from hgnn_moe_jax.layout import on_mesh
 
 
 @pytest.mark.parametrize(
@@ -27,14 +28,29 @@ def test_what_code_is_told(name, capability, kernels, monkeypatch):
 
   monkeypatch.setattr(topologies, "get_topology_desc", topology)
   before = jax.devices(), jax.default_backend(), device.nvidia_capability()
-  with gpu_target.pretend(name, 16):
-    assert jax.devices() == ["gpu 0", "gpu 1"] and jax.default_backend() == "gpu"
-    assert device.nvidia_capability() == capability
-    assert (device.has_ampere_kernels(), device.has_hopper_kernels()) == kernels
+  told = jax.jit(lambda x: x * (device.nvidia_capability() or 1.0))
+
+  def break_off():
+    with gpu_target.pretend(name, 16):
+      assert jax.devices() == ["gpu 0", "gpu 1"] and jax.default_backend() == "gpu"
+      assert device.nvidia_capability() == capability
+      assert (device.has_ampere_kernels(), device.has_hopper_kernels()) == kernels
+      assert not on_mesh()
+      assert f"{capability}" in str(told.trace(1.0).jaxpr)
+      raise KeyError
+
+  with pytest.raises(KeyError):
+    break_off()
   assert (jax.devices(), jax.default_backend(), device.nvidia_capability()) == before
+  assert told(1.0) == 1.0, "what was traced for a GPU is forgotten"
   assert asked["topology"] == "1x2x8"
   cores = gpu_target.TARGETS[name].multiprocessors
   assert f"core_count: {cores} " in asked["target_config"]
+
+
+def test_nodes_are_whole():
+  with pytest.raises(ValueError, match="9 GPUs are no whole number of nodes of 8"):
+    gpu_target.pretend("H100", 9).__enter__()
 
 
 def test_without_the_plugin(monkeypatch):

@@ -115,18 +115,20 @@ def test_taken_in_turn(monkeypatch):
   config = with_fields(Config(), {**fields, "training.steps": 1})
   state = types.SimpleNamespace(params={"w": np.zeros(3)})
   # The machine is four times slower in the second round.
-  durations = {"first": [1.0, 4.0, 1.0], "second": [2.0, 8.0, 3.0]}
+  # A timing of the second is of two dispatches.
+  durations = {"first": [1.0, 4.0, 1.0], "second": [1.0, 3.0, 8.0, 8.0, 2.0, 4.0]}
   programs = [
     train_step.Program(config, V, clock.program(name, times), state, None, [9.0, 0.5])
     for name, times in durations.items()
   ]
+  programs[1].dispatches = 2
   waiting = iter(programs)
   monkeypatch.setattr(train_step, "prepare", lambda *_: next(waiting))
   monkeypatch.setattr(train_step, "_memory", lambda compiled: 1)
   monkeypatch.setattr(train_step, "timed", lambda product: 0.5)
   monkeypatch.setattr(train_step, "time", types.SimpleNamespace(perf_counter=clock))
   first, second = train_step.measure([config, config], V, rounds=3)
-  assert clock.order == ["first", "second", "second", "first", "first", "second"]
+  assert clock.order == ["first", *["second"] * 4, "first", "first", *["second"] * 2]
   assert [first[f"time_to_first{end}"] for end in ("_low", "", "_high")] == [1.0, 1.0, 1.0]
   assert [second[f"time_to_first{end}"] for end in ("_low", "", "_high")] == [2.0, 2.0, 2.5]
   assert (first["seconds_per_step"], second["seconds_per_step"]) == (1.0, 3.0)
@@ -167,3 +169,16 @@ def test_a_table_without_the_second_compilation():
   one, *_ = json.loads(file.read_text())["measurements"]
   without = train_step.table([{**one, "compile_seconds_cached": None}])
   assert without.endswith(f"| {one['compile_seconds']:.1f} |")
+
+
+def test_a_timing_takes_half_a_second(monkeypatch):
+  """A dispatch of 8 steps of 25 ms, so three of them; the first of all is not timed."""
+  clock, (fields, V) = Clock(), train_step.SHAPES["tiny"]
+  config = with_fields(Config(), {**fields, "training.steps": 1})
+  program = clock.program("one", [9.0, 0.025, 0.025, 0.035, 0.025])
+  monkeypatch.setattr(train_step, "time", types.SimpleNamespace(perf_counter=clock))
+  monkeypatch.setattr(train_step, "dispatch_of", lambda *_: (None, None, None))
+  monkeypatch.setattr(train_step, "compile_seconds", lambda *_: (program, [1.0]))
+  prepared = train_step.prepare(config, V, cached=False)
+  assert (prepared.dispatches, len(clock.order)) == (3, 2)
+  assert train_step.advance(prepared) == pytest.approx(8 * (0.025 + 0.035 + 0.025))

@@ -125,6 +125,10 @@ def test_the_originals_headline_is_the_measured_one():
     f"took {later['wall_seconds']} s in all, {later['train_seconds']:.1f} of them",
     f"best was {best:.2f} at step {later['best']['step']:,}, and {last:.2f} at",
   )
+  others = result["other_programs_best_of_seed_42"].values()
+  every = (*others, result["runs"][0]["best"]["token_perplexity"], best)
+  assert len(every) == 5
+  told = (*told, f"had a best of {min(every):.2f} to {max(every):.2f}")
   text = " ".join(page("from-the-seed.md").split())
   assert all(words in text for words in told)
 
@@ -144,6 +148,13 @@ def test_what_the_last_changes_for_gpus_bought_is_the_measured():
   for told in (f"→ {at_once}.", f"{at_once} → {attention} |", f"{attention} → {head} ms"):
     assert told in text
   assert f"({head} against {barrier} ms" in text
+  _, in_turn, together = result["temporary_bytes_planned"].values()
+  for shape, digits in (("original, before", 2), ("original", 2), ("large", 1)):
+    told = " → ".join(f"{b[shape] / 1e9:.{digits}f}" for b in (in_turn, together))
+    assert told in text
+  less = [1 - in_turn[shape] / together[shape] for shape in in_turn]
+  told = f"{100 * min(less):.0f} to {100 * max(less):.0f} % less"
+  assert told in page("gpus-and-clusters.md")
 
 
 def test_the_counts_of_wikitext2_are_those_that_are_asserted_elsewhere():
