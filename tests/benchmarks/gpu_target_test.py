@@ -14,13 +14,14 @@ from benchmarks import gpu_target, memory
 from hgnn_moe_jax import device
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.layout import on_mesh
+from hgnn_moe_jax.training.assembly import assemble_sized
 
 
 @pytest.mark.parametrize(
   ("name", "capability", "kernels"), [("A100", 8.0, (True, False)), ("H200", 9.0, (True, True))]
 )
-def test_what_code_is_told(name, capability, kernels, monkeypatch):
-  asked = {}
+def test_what_code_is_told(name, capability, kernels, monkeypatch, tiny_config):
+  asked, assembled = {}, []
 
   def topology(name, **given):
     asked.update(given)
@@ -28,7 +29,7 @@ def test_what_code_is_told(name, capability, kernels, monkeypatch):
 
   monkeypatch.setattr(topologies, "get_topology_desc", topology)
   before = jax.devices(), jax.default_backend(), device.nvidia_capability()
-  told = jax.jit(lambda x: x * (device.nvidia_capability() or 1.0))
+  assemble = lambda: assembled.append(assemble_sized(tiny_config(), 64, 10))  # noqa: E731
 
   def break_off():
     with gpu_target.pretend(name, 16):
@@ -36,13 +37,14 @@ def test_what_code_is_told(name, capability, kernels, monkeypatch):
       assert device.nvidia_capability() == capability
       assert (device.has_ampere_kernels(), device.has_hopper_kernels()) == kernels
       assert not on_mesh()
-      assert f"{capability}" in str(told.trace(1.0).jaxpr)
+      assemble()
       raise KeyError
 
   with pytest.raises(KeyError):
     break_off()
   assert (jax.devices(), jax.default_backend(), device.nvidia_capability()) == before
-  assert told(1.0) == 1.0, "what was traced for a GPU is forgotten"
+  assemble()
+  assert assembled[0] is not assembled[1], "what was assembled for a GPU is forgotten"
   assert asked["topology"] == "1x2x8"
   cores = gpu_target.TARGETS[name].multiprocessors
   assert f"core_count: {cores} " in asked["target_config"]
