@@ -71,7 +71,18 @@ def measure(config: Config, vocab_size: int) -> dict[str, float]:
       jax.block_until_ready(compiled(state, feed, as_count(steps)))
     (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
     profile = jax.profiler.ProfileData.from_file(path)
-  names, total = operations(str(compiled.as_text())), collections.Counter[str]()
+  return by_part(profile, operations(str(compiled.as_text())), steps)
+
+
+def by_part(profile: Any, names: dict[str, str], steps: int) -> dict[str, float]:
+  """Milliseconds per step of each part, the largest first.
+
+  Args:
+    profile: a jax.profiler.ProfileData of so many steps.
+    names: of `operations`.
+    steps: that were taken.
+  """
+  total = collections.Counter[str]()
   # Beside a GPU's own plane the host's tells what was launched, under the same names.
   planes = [p for p in profile.planes if p.name.startswith("/device:")] or profile.planes
   for plane in planes:

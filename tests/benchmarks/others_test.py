@@ -129,3 +129,18 @@ def test_every_part_of_a_real_step_is_seen(tiny_config):
     result = parts.measure(config, 257)
   assert {"attention", "FFN", "coupler", "head and loss", "optimizer", "controller"} <= set(result)
   assert {"orthogonality", "input"} <= set(result) and all(ms > 0 for ms in result.values())
+
+
+@pytest.mark.parametrize(("host", "wanted"), [("/host:CPU", 2.0), ("/device:GPU:1", 12.0)])
+def test_a_gpus_kernels_are_counted_and_not_their_launches(host, wanted):
+  """Two steps; kernels of 1 and 3 ms, and 20 ms elsewhere; one instruction is not the step's."""
+  event = lambda name, ms: SimpleNamespace(  # noqa: E731
+    name="kernel", stats=[("hlo_op", name)], duration_ns=ms * 1e6
+  )
+  plane = lambda name, *events: SimpleNamespace(  # noqa: E731
+    name=name, lines=[SimpleNamespace(events=events)]
+  )
+  kernels = plane("/device:GPU:0", event("fusion.1", 1), event("dot", 3), event("other", 50))
+  profile = SimpleNamespace(planes=[plane(host, event("dot", 20)), kernels])
+  names = {"fusion.1": "jit(step)/layers/coupler/mul", "dot": "jit(step)/layers/coupler/dot"}
+  assert parts.by_part(profile, names, steps=2) == {"coupler": wanted}
