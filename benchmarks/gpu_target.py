@@ -106,7 +106,7 @@ def pretend(name: str, count: int, per_node: int = 8) -> Iterator[None]:
     f"{cudnn}.check_cudnn_version": _CUDNN,
     f"{cudnn}.check_compute_capability": True,
   }
-  # Of this Pallas asks from JAX 0.11 on.
+  # From JAX 0.11 on Pallas asks the mesh which GPU it writes a kernel for.
   gpu = AbstractMesh((), (), abstract_device=AbstractDevice(f"NVIDIA {name}", None, "gpu"))
   with contextlib.ExitStack() as stack:
     _forget()

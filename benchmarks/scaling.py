@@ -78,7 +78,7 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
   mesh = Mesh(grid, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
   # A program for GPUs sends what it says; for CPU's the partitioner's text says more.
   on_cpu = jax.default_backend() == "cpu"
-  options = {} if on_cpu else {**device.compiler_options(), **gpu_target.COMPILER_OPTIONS}
+  on_gpu = {**device.compiler_options(), **gpu_target.COMPILER_OPTIONS}
   platforms = None if on_cpu else ("cuda",)
   with jax.set_mesh(mesh):
     a = assemble_sized(config, vocab_size, config.training.steps, mesh)
@@ -92,8 +92,7 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
     traced = jitted.trace(a.abstract_state, Batch(ids, ids, weights))
     lowered = traced.lower(lowering_platforms=platforms)
     with tempfile.TemporaryDirectory() as folder:
-      if on_cpu:
-        options = {"xla_dump_to": folder, **_DUMP}
+      options = {"xla_dump_to": folder, **_DUMP} if on_cpu else on_gpu
       compiled = lowered.compile(compiler_options=options)
       partitioned = ""
       if on_cpu:

@@ -23,7 +23,7 @@ def has_ampere_kernels() -> bool:
 def has_hopper_kernels() -> bool:
   """Whether Pallas kernels around matrix products are fast enough (H100, H200): from 9.0 on.
 
-  They compile for GPUs before, where nobody has timed them.
+  Nobody has timed them on GPUs before.
   """
   return (nvidia_capability() or 0) >= 9
 

@@ -22,6 +22,7 @@ H100, A100, T4, MI300 = ({"compute_capability": c} for c in ("9.0", "8.0", "7.5"
     ("tpu", {}, None, (False, False), jnp.bfloat16),
     ("gpu", H100, 9.0, (True, True), jnp.bfloat16),
     ("gpu", A100, 8.0, (True, False), jnp.bfloat16),
+    ("gpu", {"compute_capability": "8.9"}, 8.9, (True, False), jnp.bfloat16),
     ("gpu", T4, 7.5, (False, False), jnp.float32),
     ("gpu", MI300, None, (False, False), jnp.bfloat16),
   ],

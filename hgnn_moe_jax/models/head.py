@@ -87,12 +87,13 @@ def _nll_and_error(
 ) -> tuple[jax.Array, jax.Array]:
   """nll_n, and its gradient by the logits, weight_n (softmax - onehot), in the kernel's dtype."""
   x_nD = chunk.x_nD.astype(kernel_DV.dtype)
-  if device.has_hopper_kernels() and not on_mesh() and head_kernels.fits(x_nD, kernel_DV.T):
-    log_total_n = head_kernels.log_totals(x_nD, kernel_DV.T, vocab_size)
-    chosen_nD = kernel_DV.T[chunk.target_n].astype(jnp.float32)
+  kernel_VD = kernel_DV.T
+  if device.has_hopper_kernels() and not on_mesh() and head_kernels.fits(x_nD, kernel_VD):
+    log_total_n = head_kernels.log_totals(x_nD, kernel_VD, vocab_size)
+    chosen_nD = kernel_VD[chunk.target_n].astype(jnp.float32)
     chosen_n = jnp.sum(x_nD.astype(jnp.float32) * chosen_nD, 1)
     error_nV = head_kernels.errors(
-      x_nD, kernel_DV.T, vocab_size, log_total_n, chunk.target_n, chunk.weight_n
+      x_nD, kernel_VD, vocab_size, log_total_n, chunk.target_n, chunk.weight_n
     )
     return log_total_n - chosen_n, error_nV
   logit_nV = jnp.matmul(x_nD, kernel_DV, preferred_element_type=jnp.float32)
