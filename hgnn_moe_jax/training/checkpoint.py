@@ -97,6 +97,11 @@ class Checkpointer:
       with run_folder_errors(self._workdir):
         write(state)
 
+  def reserve(self, state: TrainState) -> None:
+    """Takes the memory that `save` copies into, while there is time: 474 MB took half a second."""
+    if self._thread is not None and jax.default_backend() != "cpu":
+      jax.block_until_ready(_copied(state))
+
   def _settled(self) -> ocp.CheckpointManager:
     """The manager, once our thread has left it. An error of that thread is raised here."""
     saving, self._saving = self._saving, None

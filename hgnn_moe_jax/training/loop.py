@@ -1,17 +1,17 @@
 """The training loop: dispatch, record, evaluate, save, stop when asked.
 
-The host runs ahead of the device by one dispatch and never waits for a result but at an
-evaluation, a checkpoint and the end.
+Dispatches are launched ahead, and the device never waits for the host but at an evaluation, a
+checkpoint and the end.
 """
 
+import collections
 import math
 import pathlib
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -27,6 +27,7 @@ from hgnn_moe_jax.training.checkpoint import Checkpointer
 from hgnn_moe_jax.training.evaluation import Evaluator
 from hgnn_moe_jax.training.events import Flags, changes, flags_of, no_flags
 from hgnn_moe_jax.training.feeds import Feeder
+from hgnn_moe_jax.training.launcher import Launcher
 from hgnn_moe_jax.training.optimizer import averaged_params
 from hgnn_moe_jax.training.progress import Display, Tracker, announce, make_display
 from hgnn_moe_jax.training.records import (
@@ -37,11 +38,12 @@ from hgnn_moe_jax.training.records import (
   write_json,
 )
 from hgnn_moe_jax.training.state import StepRecord
-from hgnn_moe_jax.training.step import as_count
+from hgnn_moe_jax.training.step import Feed, as_count
 
 
-class Pending(NamedTuple):
-  """Records of steps first_step + 1 ... first_step + n that may still be under way."""
+class Taken(NamedTuple):
+  """Records of steps first_step + 1 ... first_step + n; with several processes they may be under
+  way."""
 
   first_step: int
   n: int
@@ -63,28 +65,6 @@ class Clock:
     lap, self._since = now - self._since, now
     self.train_seconds += lap
     return lap
-
-
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-  """An event that SIGTERM or Ctrl-C sets; a second one of them acts at once."""
-  event, previous = threading.Event(), {}
-
-  def ask(number, frame):
-    del frame
-    event.set()
-    signal.signal(number, previous[number])
-
-  if threading.current_thread() is not threading.main_thread():  # e.g. in a notebook's executor
-    yield event
-    return
-  for number in (signal.SIGTERM, signal.SIGINT):
-    previous[number] = signal.signal(number, ask)
-  try:
-    yield event
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
 
 
 def train(config: Config, workdir: pathlib.Path, quiet: bool = False) -> dict[str, Any]:
@@ -112,7 +92,7 @@ def train(config: Config, workdir: pathlib.Path, quiet: bool = False) -> dict[st
       f"{config.training.batch_size} x {config.model.max_length} tokens; compiling",
       quiet,
     )
-    with stop_requests() as stop, sharding.using(mesh):
+    with processes.stop_requests() as stop, sharding.using(mesh):
       run = Run(config, workdir, corpus, assembly, stop, quiet)
       try:
         return run.train()
@@ -145,7 +125,7 @@ class Run:
     self.tokens_seen, self.clock = note["tokens_seen"], Clock(note["train_seconds"])
     self.best, self.last = note["best"], note["last"]
     self.flags = Flags(**note["flags"])
-    self.compile_seconds = 0.0
+    self.compile_seconds, self.stopping = 0.0, False
     first = processes.is_first()
     self.tracker = Tracker(config, workdir, active=first)
     self.agree = processes.Agreement(assembly.mesh)
@@ -191,37 +171,53 @@ class Run:
       evaluation = pool.submit(self.evaluator.lowered(a.abstract_state.params).compile)
       if self.step == 0:
         self.state = a.init_state(self.config.seed)
+      self.checkpointer.reserve(self.state)
       self.dispatch, self.evaluator.compiled = dispatch.result(), evaluation.result()
     self.compile_seconds += time.perf_counter() - started
 
   def _train_steps(self) -> None:
-    pending: Pending | None = None
-    n = self._steps_to_take(self.step)
-    feed = self.feeder(self.step, n)
     self.clock.restart()
-    # A GPU's loop asks the host whether to go on, so that the call lasts as long as its steps:
-    # meanwhile this thread writes down the last ones and gets the next ones' feed. Several
-    # processes have to launch everything in the same order, that is from the same thread.
-    with ThreadPoolExecutor(1, "dispatch") as launcher:
-      launch = launcher.submit if jax.process_count() == 1 else _at_once
-      while self.step < self.total:
-        running = launch(self.dispatch, self.state, feed, as_count(n))
-        if pending is not None:
-          self._record(pending)
-        next_n = self._steps_to_take(self.step + n)
-        if next_n:
-          feed = self.feeder(self.step + n, next_n)
-        self.state, records = running.result()
-        pending = Pending(self.step, n, records)
-        self.step, n = self.step + n, next_n
-        stopping = self.agree(self.stop.is_set())  # Asked once: it may be set at any moment.
-        if self._due() or stopping:
-          self._record(pending)
-          pending = None
+    with Launcher(self.stop) as launcher:
+      for taken in self._dispatches(launcher):
+        self.step = taken.first_step + taken.n
+        self.stopping = self.agree(self.stop.is_set()) or self.stopping
+        self._record(taken)
+        if self._due(self.step):
           self._evaluate_and_save()
           self.clock.restart()
-        if stopping and self.step < self.total:
-          self._preempt()
+    if self.step < self.total:
+      self._preempt()
+
+  def _dispatches(self, launcher: Launcher) -> Iterator[Taken]:
+    """All there are, each when its call has returned, up to a request to stop.
+
+    The next ones are launched by then, so that the device does not wait for what is done with one;
+    but not beyond a step at which something is due, until that is done.
+    """
+    launched: collections.deque[tuple[int, int, Future[StepRecord | None]]] = collections.deque()
+    ahead, taken = self.step, None
+    while True:
+      while ahead < self.total and len(launched) < launcher.depth and not self.stopping:
+        if ahead > self.step and self._due(ahead):
+          break
+        n = self._steps_to_take(ahead)
+        launched.append((ahead, n, launcher(self._take, self.feeder(ahead, n), n)))
+        ahead += n
+      if taken is not None:
+        yield taken
+        taken = None
+      elif launched:
+        first_step, n, call = launched.popleft()
+        records = call.result()
+        if records is None:  # It did not begin, since the run is to stop.
+          return
+        taken = Taken(first_step, n, records)
+      else:
+        return
+
+  def _take(self, feed: Feed, n: int) -> StepRecord:
+    self.state, records = self.dispatch(self.state, feed, as_count(n))
+    return records
 
   def _lowered(self) -> jax.stages.Lowered:
     """The dispatch, traced but not compiled."""
@@ -236,19 +232,19 @@ class Run:
     cadences = (t.steps_per_dispatch, t.checkpoint_every, self.config.evaluation.every)
     return min(self.total - step, *(c - step % c for c in cadences))
 
-  def _due(self) -> bool:
+  def _due(self, step: int) -> bool:
     cadences = (self.config.training.checkpoint_every, self.config.evaluation.every)
-    return self.step == self.total or any(self.step % c == 0 for c in cadences)
+    return step == self.total or any(step % c == 0 for c in cadences)
 
-  def _record(self, pending: Pending) -> None:
+  def _record(self, taken: Taken) -> None:
     """Waits for the records, writes them, and stops the run if a number is not finite."""
-    records = jax.tree.map(np.asarray, pending.records)
+    records = jax.tree.map(np.asarray, taken.records)
     seconds = self.clock.lap()
-    tokens = int(records.tokens[: pending.n].sum())
+    tokens = int(records.tokens[: taken.n].sum())
     self.tokens_seen += tokens
     t = self.config.training
-    for k in range(pending.n):
-      step = pending.first_step + k + 1
+    for k in range(taken.n):
+      step = taken.first_step + k + 1
       one = jax.tree.map(lambda a, k=k: a[k], records)
       before, self.flags = self.flags, flags_of(one)
       for event in changes(before, self.flags):
@@ -365,12 +361,6 @@ def _blank_note(num_layers: int) -> dict[str, Any]:
     "last": None,
     "flags": no_flags(num_layers)._asdict(),
   }
-
-
-def _at_once(call: Callable[..., Any], *args: Any) -> Future[Any]:
-  done: Future[Any] = Future()
-  done.set_result(call(*args))
-  return done
 
 
 def _details(config: Config, corpus: Corpus, assembly: Assembly) -> dict[str, Any]:

@@ -5,6 +5,10 @@ compute the same numbers, so whatever follows from numbers they decide alike. A 
 process only; `Agreement` makes all of them stop after the same step.
 """
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -58,6 +62,28 @@ def sum_over_processes(values: np.ndarray) -> np.ndarray:
   if jax.process_count() == 1:
     return values
   return np.asarray(multihost_utils.process_allgather(values)).sum(0, dtype=np.uint32)
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+  """An event that SIGTERM or Ctrl-C sets; a second one of them acts at once."""
+  event, previous = threading.Event(), {}
+
+  def ask(number, frame):
+    del frame
+    event.set()
+    signal.signal(number, previous[number])
+
+  if threading.current_thread() is not threading.main_thread():  # e.g. in a notebook's executor
+    yield event
+    return
+  for number in (signal.SIGTERM, signal.SIGINT):
+    previous[number] = signal.signal(number, ask)
+  try:
+    yield event
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
 
 
 class Agreement:

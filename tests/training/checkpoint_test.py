@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from hgnn_moe_jax.errors import UserError
+from hgnn_moe_jax.training import checkpoint
 from hgnn_moe_jax.training.checkpoint import Checkpointer, _weighted_sum, checksums
 from hgnn_moe_jax.training.state import TrainState
 
@@ -96,6 +97,16 @@ def test_training_goes_on_while_a_state_is_saved(backend, open_folder, assert_sa
 
 def _full_disk(*args, **kwargs):
   raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(("backend", "copies"), [("cpu", 0), ("gpu", 1)])
+def test_pinned_memory_is_taken_beforehand(backend, copies, open_folder, monkeypatch, tmp_path):
+  """CPU has none: what a save needs there is as quickly had at any time."""
+  made = []
+  monkeypatch.setattr(checkpoint, "_copied", lambda state: made.append(state) or state)
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  open_folder().reserve(make_state(0))
+  assert len(made) == copies and not saved_steps(tmp_path)
 
 
 def test_what_fails_in_our_thread_is_told_once(open_folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import fcntl
+import functools
 import json
 import math
 import os
@@ -97,20 +98,33 @@ def test_a_run_writes_what_other_tools_rely_on(finished, tiny_config):
   assert steps == ["12", "8"]
 
 
+def _nothing(*_):
+  pass
+
+
 @pytest.fixture
-def stop_at(monkeypatch):
+def stop_at(monkeypatch, request):
   """stop_at(step, how): SIGTERM arrives while that step's dispatch is under way."""
 
   def arrange(step: int, number: int = signal.SIGTERM) -> None:
     once = iter([True])
-    count = loop.Run._steps_to_take
+    take = loop.Run._take
+    # One that arrives just before Python's main thread begins to wait is noticed when that wakes.
+    wake = signal.SIGUSR1
+    request.addfinalizer(functools.partial(signal.signal, wake, signal.signal(wake, _nothing)))
 
-    def call(self, after: int):  # Asked for the next dispatch, which begins there.
-      if self.step < step <= after and next(once, False):
+    def call(self, feed, n):
+      first = int(self.state.step)
+      if first < step <= first + n and next(once, False):
         os.kill(os.getpid(), number)
-      return count(self, after)
+        for _ in range(600):
+          if self.stop.wait(0.1):
+            break
+          os.kill(os.getpid(), wake)
+        assert self.stop.is_set()
+      return take(self, feed, n)
 
-    monkeypatch.setattr(loop.Run, "_steps_to_take", call)
+    monkeypatch.setattr(loop.Run, "_take", call)
 
   return arrange
 
@@ -255,6 +269,32 @@ def test_records_and_feeds_are_made_while_steps_run(tiny_config, tmp_path, monke
   monkeypatch.setattr(loop.Feeder, "__call__", call)
   monkeypatch.setattr(loop.Run, "_prepare", prepare_slow)
   loop.train(tiny_config(), tmp_path, quiet=True)
+
+
+def test_dispatches_follow_one_another_while_records_are_written(
+  tiny_config, tmp_path, monkeypatch, read_metrics
+):
+  third = threading.Event()
+  take, write = loop.Run._take, loop.MetricWriter.write
+  starts = []
+
+  def call(self, feed, n):
+    starts.append(int(self.state.step))
+    if len(starts) == 3:
+      third.set()
+    return take(self, feed, n)
+
+  def write_slowly(self, *arguments, **fields):
+    assert third.wait(60), "the third dispatch waits for the first one's records"
+    write(self, *arguments, **fields)
+
+  monkeypatch.setattr(loop.Run, "_take", call)
+  monkeypatch.setattr(loop.MetricWriter, "write", write_slowly)
+  everything = {"evaluation.every": 12, "training.checkpoint_every": 12}
+  loop.train(tiny_config(**everything), tmp_path, quiet=True)
+  assert starts == [0, 3, 6, 9]
+  rows = [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "train"]
+  assert rows == list(range(1, 13))
 
 
 def test_evaluation_is_compiled_before_training_begins(tiny_config, tmp_path, monkeypatch):
