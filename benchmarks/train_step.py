@@ -265,12 +265,14 @@ def table(results: list[dict[str, Any]]) -> str:
     "|---" * (9 + turns) + "|",
   ]
   for r in results:
-    cached = r["compile_seconds_cached"]
+    cold, cached = r["compile_seconds"], r["compile_seconds_cached"]
+    compiling = "-" if cold is None else f"{cold:.1f}"  # Kept out where others were compiling, too.
+    compiling += "" if cached is None else f" ({cached:.1f})"
     line = (
       f"| {r['shape']} | {r['coupler']} | {r['sweep']} | {1000 * r['seconds_per_step']:.1f} "
       f"| {r['tokens_per_second']:,.0f} | {r['matmul_flops_per_second'] / 1e9:,.1f} "
       f"| {r['utilization']:.1%} | {r['peak_memory_bytes'] / 1e6:,.0f} "
-      f"| {r['compile_seconds']:.1f}{'' if cached is None else f' ({cached:.1f})'} |"
+      f"| {compiling} |"
     )
     if turns:
       low, middle, high = (r[f"time_to_first{end}"] for end in ("_low", "", "_high"))

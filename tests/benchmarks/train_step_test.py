@@ -164,11 +164,13 @@ def test_the_second_compilation_can_be_left_out(cached):
   assert len(seconds) == 1 + cached
 
 
-def test_a_table_without_the_second_compilation():
+def test_a_table_without_the_second_compilation_or_any():
   file = pathlib.Path(train_step.__file__).parent / "results" / "small_cpu.json"
   one, *_ = json.loads(file.read_text())["measurements"]
   without = train_step.table([{**one, "compile_seconds_cached": None}])
   assert without.endswith(f"| {one['compile_seconds']:.1f} |")
+  neither = train_step.table([{**one, "compile_seconds": None, "compile_seconds_cached": None}])
+  assert neither.endswith(" | - |")
 
 
 def test_a_timing_takes_half_a_second(monkeypatch):

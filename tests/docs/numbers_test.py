@@ -71,6 +71,8 @@ def test_the_overhead_on_a_gpu_is_the_measured_one():
   [
     ("small_cpu", train_step, "performance.md"),
     ("h200", train_step, "performance.md"),
+    ("sweeps_h200", train_step, "performance.md"),
+    ("turns_h200", train_step, "performance.md"),
     ("sweeps_cpu", train_step, "performance.md"),
     ("sparse_cpu", train_step, "performance.md"),
     ("accumulation_cpu", train_step, "performance.md"),
@@ -119,18 +121,29 @@ def test_the_originals_headline_is_the_measured_one():
       f"{run['train_seconds']:.1f}",
       f"{run['wall_seconds']:.1f}",
     ]
-  later = result["later"]
-  best, last = (later[when]["token_perplexity"] for when in ("best", "last"))
-  told = (
-    f"took {later['wall_seconds']} s in all, {later['train_seconds']:.1f} of them",
-    f"best was {best:.2f} at step {later['best']['step']:,}, and {last:.2f} at",
-  )
+  later, runs = result["later"], [result["later"]["cold"], *result["later"]["cached"]]
+  cold, *cached = runs
+  walls = " and ".join(f"{run['wall_seconds']:.1f}" for run in cached)
+  seconds = [f"{run[f'{part}_seconds']:.1f}" for part in ("train", "compile") for run in runs]
+  told = [
+    f"took {cold['wall_seconds']} s in all, {seconds[0]} of them training and {seconds[3]}",
+    f"they took {walls} s: {seconds[1]} and {seconds[2]} training, {seconds[4]} and {seconds[5]}",
+  ]
+  bests = [run["best"]["token_perplexity"] for run in cached] + [cold["best_token_perplexity"]]
+  step = cached[0]["best"]["step"]
+  told.append(f"best was {min(bests):.2f} to {max(bests):.2f} at step {step:,}")
   others = result["other_programs_best_of_seed_42"].values()
-  every = (*others, result["runs"][0]["best"]["token_perplexity"], best)
-  assert len(every) == 5
-  told = (*told, f"had a best of {min(every):.2f} to {max(every):.2f}")
+  every = (*others, result["runs"][0]["best"]["token_perplexity"], *bests)
+  assert len(every) == 8
+  told.append(f"had a best of {min(every):.2f} to {max(every):.2f}")
   text = " ".join(page("from-the-seed.md").split())
-  assert all(words in text for words in told)
+  assert [words for words in told if words not in text] == []
+  before, text = later["before"], " ".join(page("performance.md").split())
+  assert f"{before['wall_seconds']:.1f} → {walls.replace(' and ', ', ')} s" in text
+  few, many = (later["dispatch_milliseconds_median"][f"{n} steps"] for n in (8, 40))
+  further = (many - few) / 32
+  assert f"{few} ms" in text and f"{many} ms" in text
+  assert f"{few - 8 * further:.1f} ms for itself and {further:.2f} for each step" in text
 
 
 @pytest.mark.parametrize(("name", "shape"), [("parts_cpu", "small"), ("parts_h200", "large")])
@@ -141,14 +154,17 @@ def test_the_table_of_parts_is_the_measured_one(name, shape):
 
 
 def test_what_the_last_changes_for_gpus_bought_is_the_measured():
-  result = json.loads((ROOT / "benchmarks" / "results" / "changes_h200.json").read_text())
-  steps = [f"{1000 * v['seconds_per_step']:.2f}" for v in result["variants"]]
+  found = json.loads((ROOT / "benchmarks" / "results" / "changes_h200.json").read_text())
+  steps = [f"{1000 * v['seconds_per_step']:.2f}" for v in found["variants"]]
   at_once, attention, head, barrier = steps
   text = page("performance.md")
   for told in (f"→ {at_once}.", f"{at_once} → {attention} |", f"{attention} → {head} ms"):
     assert told in text
   assert f"({head} against {barrier} ms" in text
-  _, in_turn, together = result["temporary_bytes_planned"].values()
+  ways = found["steps_called_one_by_one"]["milliseconds_per_step"]
+  told = f"{ways['one by one']:.2f} ms a step where the loop takes {ways['loop']:.2f}"
+  assert told in " ".join(text.split())
+  _, in_turn, together = found["temporary_bytes_planned"].values()
   for shape, digits in (("original, before", 2), ("original", 2), ("large", 1)):
     told = " → ".join(f"{b[shape] / 1e9:.{digits}f}" for b in (in_turn, together))
     assert told in text
