@@ -180,7 +180,7 @@ class Run:
     with Launcher(self.stop) as launcher:
       for taken in self._dispatches(launcher):
         self.step = taken.first_step + taken.n
-        self.stopping = self.agree(self.stop.is_set()) or self.stopping
+        self.stopping = self.agree(self.stop.is_set())  # Asked once: it may be set at any moment.
         self._record(taken)
         if self._due(self.step):
           self._evaluate_and_save()

@@ -7,6 +7,7 @@ import math
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 import hgnn_moe_jax
@@ -144,6 +145,26 @@ def test_the_originals_headline_is_the_measured_one():
   further = (many - few) / 32
   assert f"{few} ms" in text and f"{many} ms" in text
   assert f"{few - 8 * further:.1f} ms for itself and {further:.2f} for each step" in text
+
+
+def test_the_exponents_on_a_gpu_are_those_of_the_measured_sweeps():
+  result = json.loads((ROOT / "benchmarks" / "results" / "sweeps_h200.json").read_text())
+  table = [row for row in rows(page("performance.md"), r"`model\.\w+`|") if len(row) == 5]
+  assert len(table) == 5
+  swept = ""
+  for field, span, *told in table:
+    swept = field.strip("`").removeprefix("model.") or swept
+    low, high = (int(n.replace(",", "")) for n in span.split(" to "))
+    points = {
+      int(m["sweep"].split("=")[1]): m for m in result["measurements"] if swept in m["sweep"]
+    }
+    within = {n: m for n, m in points.items() if low <= n <= high}
+    for quantity, exponent in zip(
+      ("seconds_per_step", "matmul_flops", "peak_memory_bytes"), told, strict=True
+    ):
+      values = [m[quantity] for m in within.values()]
+      slope, _ = np.polyfit(np.log(list(within)), np.log(values), 1)
+      assert exponent == f"{slope:.2f}", (swept, span, quantity)
 
 
 @pytest.mark.parametrize(("name", "shape"), [("parts_cpu", "small"), ("parts_h200", "large")])
