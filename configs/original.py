@@ -9,8 +9,8 @@ dropout 0.1; weight and output penalties). The original reported a token perplex
 Parameters: 39,457,928 (the original: 39.77 million; docs/design.md explains the difference).
 Result: token perplexity 89.29 and 89.54 (seeds 42 and 43; best of 23 evaluations, at step 3,400; at
 the end 90.28 and 90.67), word perplexity 196.6 and 197.2, on one H200, 26 November 2026; the next
-day's code took 22 s of training and 48 s in all, 33 s with compiled programs in the cache.
-docs/from-the-seed.md has the rest.
+day's code took 22 s of training and 48 s in all, 33 to 34 s with compiled programs in the cache,
+all with 8 steps per dispatch. docs/from-the-seed.md has the rest.
 """
 
 from hgnn_moe_jax.config import Config

@@ -249,6 +249,7 @@ def test_the_heads_rows_are_shared_by_all_that_hold_them(length, parts):
 _COMPILE = """
 import json, sys, jax
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_enable_compilation_cache", False)  # Out of it nothing is partitioned.
 from benchmarks import scaling
 from hgnn_moe_jax.config import Config
 fields, mesh = json.load(sys.stdin)

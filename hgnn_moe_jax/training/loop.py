@@ -1,7 +1,7 @@
 """The training loop: dispatch, record, evaluate, save, stop when asked.
 
-Dispatches are launched ahead, and the device never waits for the host but at an evaluation, a
-checkpoint and the end.
+One process launches dispatches ahead, so that its device waits for the host at an evaluation, a
+checkpoint and the end only.
 """
 
 import collections
@@ -27,7 +27,7 @@ from hgnn_moe_jax.training.checkpoint import Checkpointer
 from hgnn_moe_jax.training.evaluation import Evaluator
 from hgnn_moe_jax.training.events import Flags, changes, flags_of, no_flags
 from hgnn_moe_jax.training.feeds import Feeder
-from hgnn_moe_jax.training.launcher import Launcher
+from hgnn_moe_jax.training.launcher import Launcher, Made
 from hgnn_moe_jax.training.optimizer import averaged_params
 from hgnn_moe_jax.training.progress import Display, Tracker, announce, make_display
 from hgnn_moe_jax.training.records import (
@@ -42,12 +42,15 @@ from hgnn_moe_jax.training.step import Feed, as_count
 
 
 class Taken(NamedTuple):
-  """Records of steps first_step + 1 ... first_step + n; with several processes they may be under
-  way."""
+  """Records of steps first_step + 1 ... first_step + n, and when these had ended.
+
+  With several processes they may be under way, and `ended` is None.
+  """
 
   first_step: int
   n: int
   records: StepRecord
+  ended: float | None
 
 
 class Clock:
@@ -60,9 +63,10 @@ class Clock:
   def restart(self) -> None:
     self._since = time.perf_counter()
 
-  def lap(self) -> float:
-    now = time.perf_counter()
-    lap, self._since = now - self._since, now
+  def lap(self, end: float | None) -> float:
+    """Seconds from the last lap's end to this one's: a `perf_counter()`, or None for now."""
+    end = time.perf_counter() if end is None else end
+    lap, self._since = end - self._since, end
     self.train_seconds += lap
     return lap
 
@@ -194,26 +198,29 @@ class Run:
     The next ones are launched by then, so that the device does not wait for what is done with one;
     but not beyond a step at which something is due, until that is done.
     """
-    launched: collections.deque[tuple[int, int, Future[StepRecord | None]]] = collections.deque()
-    ahead, taken = self.step, None
-    while True:
+    launched: collections.deque[tuple[int, int, Future[Made | None]]] = collections.deque()
+    ahead, feed = self.step, None
+
+    def launch_ahead() -> None:
+      nonlocal ahead, feed
       while ahead < self.total and len(launched) < launcher.depth and not self.stopping:
-        if ahead > self.step and self._due(ahead):
-          break
         n = self._steps_to_take(ahead)
-        launched.append((ahead, n, launcher(self._take, self.feeder(ahead, n), n)))
-        ahead += n
-      if taken is not None:
-        yield taken
-        taken = None
-      elif launched:
-        first_step, n, call = launched.popleft()
-        records = call.result()
-        if records is None:  # It did not begin, since the run is to stop.
+        if feed is None:  # Made while steps run, also if it has to wait for something that is due.
+          feed = self.feeder(ahead, n)
+        if ahead > self.step and self._due(ahead):
           return
-        taken = Taken(first_step, n, records)
-      else:
+        launched.append((ahead, n, launcher(self._take, feed, n)))
+        ahead, feed = ahead + n, None
+
+    launch_ahead()
+    while launched:
+      first_step, n, call = launched.popleft()
+      made = call.result()
+      if made is None:  # It did not begin, since the run is to stop.
         return
+      launch_ahead()
+      yield Taken(first_step, n, made.result, made.ended)
+      launch_ahead()
 
   def _take(self, feed: Feed, n: int) -> StepRecord:
     self.state, records = self.dispatch(self.state, feed, as_count(n))
@@ -239,7 +246,7 @@ class Run:
   def _record(self, taken: Taken) -> None:
     """Waits for the records, writes them, and stops the run if a number is not finite."""
     records = jax.tree.map(np.asarray, taken.records)
-    seconds = self.clock.lap()
+    seconds = self.clock.lap(taken.ended)
     tokens = int(records.tokens[: taken.n].sum())
     self.tokens_seen += tokens
     t = self.config.training
@@ -319,10 +326,11 @@ class Run:
 
   def _preempt(self) -> None:
     # The two events come after the note: a continued run cuts them off again, and its records
-    # are those of a run that was never interrupted.
-    self._save()
-    self.checkpointer.wait()
-    self.metrics.write("event", self.step, name="checkpoint")
+    # are those of a run that was never interrupted. Before its first step it has nothing to save.
+    if self.step:
+      self._save()
+      self.checkpointer.wait()
+      self.metrics.write("event", self.step, name="checkpoint")
     self.metrics.write("event", self.step, name="preempted")
     self.metrics.flush()
     raise Preempted(

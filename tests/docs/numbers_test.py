@@ -144,7 +144,9 @@ def test_the_originals_headline_is_the_measured_one():
   few, many = (later["dispatch_milliseconds_median"][f"{n} steps"] for n in (8, 40))
   further = (many - few) / 32
   assert f"{few} ms" in text and f"{many} ms" in text
-  assert f"{few - 8 * further:.1f} ms for itself and {further:.2f} for each step" in text
+  few_rate, many_rate = (round(n * 4096 / ms) for n, ms in ((8, few), (40, many)))
+  told = f"{few - 8 * further:.1f} ms for itself and {further:.2f} for each step"
+  assert f"{told}: {few_rate},000 tokens/s with 8, {many_rate},000 with 40" in text
 
 
 def test_the_exponents_on_a_gpu_are_those_of_the_measured_sweeps():

@@ -1,6 +1,7 @@
 """Calls one after the other: the next begins when the last ends, whatever the caller does."""
 
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def test_the_next_call_begins_without_the_caller(stop):
     assert launcher.depth == 2
     results = [launcher(call, k) for k in range(3)]
     assert all(event.wait(60) for event in began)  # Nobody has asked for a result.
-    assert [int(r.result()) for r in results] == order == [0, 1, 2]
+    assert [int(r.result().result) for r in results] == order == [0, 1, 2]
 
 
 def test_a_request_to_stop_lets_the_running_call_end_and_no_other_begin(stop):
@@ -43,18 +44,20 @@ def test_a_request_to_stop_lets_the_running_call_end_and_no_other_begin(stop):
     assert running.wait(60)
     stop.set()
     go.set()
-    assert [r.result() for r in results] == [1, None]
+    assert results[0].result().result == 1 and results[1].result() is None
 
 
 def test_a_call_ends_when_its_results_are_there(stop, monkeypatch):
+  clock = iter([7.5])
   waited = []
   monkeypatch.setattr(jax, "block_until_ready", lambda x: (waited.append(x), x)[1])
+  monkeypatch.setattr(time, "perf_counter", lambda: (waited.append("clock"), next(clock))[1])
   with Launcher(stop) as launcher:
-    assert launcher(lambda a, b: a + b, 1, 2).result() == 3
-  assert waited == [3]
+    assert launcher(lambda a, b: a + b, 1, 2).result() == (3, 7.5)
+  assert waited == [3, "clock"]
 
 
-def test_an_error_is_that_of_the_call(stop):
+def test_an_error_is_that_of_the_call_and_no_other_begins(stop):
   def fail():
     raise ArithmeticError("no")
 
@@ -62,7 +65,7 @@ def test_an_error_is_that_of_the_call(stop):
     first, second = launcher(fail), launcher(lambda: 1)
     with pytest.raises(ArithmeticError, match="no"):
       first.result()
-    assert second.result() == 1
+    assert second.result() is None
 
 
 def test_leaving_drops_what_has_not_begun(stop):
@@ -96,4 +99,4 @@ def test_several_processes_make_every_call_at_once_in_their_own_thread(stop, mon
     assert launcher.depth == 1
     result = launcher(call, 7)
     assert threads == [threading.current_thread()] and result.done()
-    assert result.result() == 7
+    assert result.result() == (7, None)

@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import signal
 import threading
+import time
 
 import jax
 import numpy as np
@@ -145,6 +146,51 @@ def test_stopped_and_continued_is_uninterrupted(
   summary = loop.train(tiny_config(), tmp_path, quiet=True)
   assert_same_run(tmp_path)
   assert summary["steps"] == 12
+
+
+@pytest.mark.parametrize("step", [6, 8, 12])
+def test_stopped_in_an_evaluation(step, tiny_config, tmp_path, monkeypatch, assert_same_run):
+  """What is due is done; after the last step there is nothing left to stop."""
+  evaluate = loop.Run._evaluate_and_save
+
+  def call(self):
+    if self.step == step:
+      self.stop.set()
+    evaluate(self)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Run, "_evaluate_and_save", call)
+    if step < 12:
+      with pytest.raises(Preempted, match=rf"stopped on request at step {step} of 12"):
+        loop.train(tiny_config(), tmp_path, quiet=True)
+    else:
+      loop.train(tiny_config(), tmp_path, quiet=True)
+  assert (tmp_path / "summary.json").exists() == (step == 12)
+  loop.train(tiny_config(), tmp_path, quiet=True)
+  assert_same_run(tmp_path)
+
+
+def test_stopped_before_the_first_step(
+  tiny_config, tmp_path, monkeypatch, assert_same_run, read_metrics
+):
+  prepare = loop.Run._prepare
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Run, "_prepare", lambda self: (prepare(self), self.stop.set()))
+    with pytest.raises(Preempted, match="stopped on request at step 0 of 12"):
+      loop.train(tiny_config(), tmp_path, quiet=True)
+  assert not list((tmp_path / "checkpoints").iterdir())
+  assert [r["name"] for r in read_metrics(tmp_path)] == ["preempted"]
+  loop.train(tiny_config(), tmp_path, quiet=True)
+  assert_same_run(tmp_path)
+
+
+def test_memory_for_checkpoints_is_reserved_before_training(tiny_config, tmp_path, monkeypatch):
+  steps = []
+  monkeypatch.setattr(
+    loop.Checkpointer, "reserve", lambda self, state: steps.append(int(state.step))
+  )
+  loop.train(tiny_config(), tmp_path, quiet=True)
+  assert steps == [0]
 
 
 def test_interrupted_twice_by_ctrl_c(tiny_config, tmp_path, stop_at, assert_same_run):
@@ -295,6 +341,57 @@ def test_dispatches_follow_one_another_while_records_are_written(
   assert starts == [0, 3, 6, 9]
   rows = [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "train"]
   assert rows == list(range(1, 13))
+
+
+def test_the_feed_behind_an_evaluation_is_made_before_it(tiny_config, tmp_path, monkeypatch):
+  order = []
+  feed, due = loop.Feeder.__call__, loop.Run._evaluate_and_save
+
+  def call(self, step, n):
+    order.append(f"feed {step}")
+    return feed(self, step, n)
+
+  def evaluate(self):
+    order.append(f"due {self.step}")
+    due(self)
+
+  monkeypatch.setattr(loop.Feeder, "__call__", call)
+  monkeypatch.setattr(loop.Run, "_evaluate_and_save", evaluate)
+  loop.train(tiny_config(), tmp_path, quiet=True)
+  for step in (4, 6, 8):
+    assert order.index(f"feed {step}") < order.index(f"due {step}")
+  assert sorted(o for o in order if o < "e") == sorted(f"due {s}" for s in (4, 6, 8, 12))
+  assert len(order) == len(set(order)) == 10  # Feeds of 0, 3, 4, 6, 8, 9.
+
+
+def test_speeds_are_those_of_the_dispatches_and_not_of_whoever_writes_them_down(
+  tiny_config, tmp_path, monkeypatch
+):
+  """Dispatches of 0.1 s each, of which two end while the first one's records are written."""
+  take, write = loop.Run._take, loop.MetricWriter.write
+  third, stalled = threading.Event(), iter([True])
+  calls = []
+
+  def call(self, feed, n):
+    time.sleep(0.1)
+    records = jax.block_until_ready(take(self, feed, n))
+    calls.append(n)
+    if len(calls) == 3:
+      third.set()
+    return records
+
+  def write_slowly(self, *arguments, **fields):
+    if next(stalled, False):
+      assert third.wait(60)
+    write(self, *arguments, **fields)
+
+  monkeypatch.setattr(loop.Run, "_take", call)
+  monkeypatch.setattr(loop.MetricWriter, "write", write_slowly)
+  everything = {"evaluation.every": 12, "training.checkpoint_every": 12}
+  loop.train(tiny_config(**everything), tmp_path, quiet=True)
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  speeds = [r["tokens_per_second"] for r in rows if r["kind"] == "train"]
+  assert max(speeds) < 3 * 8 * 16 / 0.1  # 3 steps of 8 x 16 tokens at most, in 0.1 s at least
 
 
 def test_evaluation_is_compiled_before_training_begins(tiny_config, tmp_path, monkeypatch):
