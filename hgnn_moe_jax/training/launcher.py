@@ -51,7 +51,7 @@ class Launcher:
       return None
     try:
       return Made(jax.block_until_ready(call(*args)), time.perf_counter())
-    except BaseException:
+    except BaseException:  # Whatever it was, the future tells it.
       self._failed = True
       raise
 

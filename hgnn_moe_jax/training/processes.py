@@ -66,7 +66,7 @@ def sum_over_processes(values: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-  """An event that SIGTERM or Ctrl-C sets; a second one of them acts at once."""
+  """An event that SIGTERM or Ctrl-C sets; a second one of a kind acts as if there were no event."""
   event, previous = threading.Event(), {}
 
   def ask(number, frame):

@@ -77,6 +77,7 @@ def test_the_overhead_on_a_gpu_is_the_measured_one():
     ("sweeps_cpu", train_step, "performance.md"),
     ("sparse_cpu", train_step, "performance.md"),
     ("accumulation_cpu", train_step, "performance.md"),
+    ("dispatch_cpu", train_step, "performance.md"),
     ("generation_cpu", generation, "performance.md"),
     ("data_cpu", data, "performance.md"),
     ("scaling_h200", scaling, "scaling.md"),

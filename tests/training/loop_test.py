@@ -534,6 +534,27 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
+def test_non_finite_loss_stops_the_run_while_the_next_steps_are_under_way(
+  tiny_config, tmp_path, monkeypatch, read_metrics
+):
+  take = loop.Run._take
+
+  def take_and_poison(self, feed, n):
+    first, records = int(self.state.step), take(self, feed, n)
+    if first == 0:
+      poisoned = jax.tree.map(lambda a: a * np.float32(np.nan), self.state.params)
+      self.state = self.state._replace(params=poisoned)
+    return records
+
+  monkeypatch.setattr(loop.Run, "_take", take_and_poison)
+  everything = {"evaluation.every": 12, "training.checkpoint_every": 12}
+  with pytest.raises(NonFiniteError, match=r"step 4: loss=nan .* nothing was saved"):
+    loop.train(tiny_config(**everything), tmp_path, quiet=True)
+  records = read_metrics(tmp_path)
+  assert records[-1] == {"kind": "event", "step": 4, "name": "non_finite"}
+  assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3, 4]
+
+
 def test_mistakes_are_told_before_the_folder_is_touched(tiny_config, tmp_path):
   for changes in ({"training.warmup_steps": 12}, {"seed": -1}, {"training.batch_size": 10_000}):
     with pytest.raises(ConfigError):
