@@ -4,6 +4,8 @@ The mesh and its axes data, expert and model are `sharding`'s.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -34,12 +36,35 @@ def by_token(x_EBTD: jax.Array) -> jax.Array:
   Rows are split over data and each row's tokens over expert and model, as far as that divides them:
   where mesh.expert does not, x stays as it is.
   """
-  length = x_EBTD.shape[2]
   # One after the other: at once, the partitioner brings whole arrays together.
-  for axes in (("expert",), ("expert", "model")):
-    if length % shards(*axes) == 0:
-      x_EBTD = constrain(x_EBTD, None, "data", axes, None)
+  for axes in _token_axes(x_EBTD.shape[2]):
+    x_EBTD = constrain(x_EBTD, None, "data", axes, None)
   return x_EBTD
+
+
+def token_axes(num_rows: int, length: int) -> tuple[str, tuple[str, ...]] | None:
+  """What `by_token` splits rows and their tokens over; None if these cannot be split evenly."""
+  found = _token_axes(length)
+  return ("data", found[-1]) if found and num_rows % shards("data") == 0 else None
+
+
+def _token_axes(length: int) -> list[tuple[str, ...]]:
+  return [axes for axes in (("expert",), ("expert", "model")) if length % shards(*axes) == 0]
+
+
+def each_device(
+  function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: Any
+) -> Callable[..., Any]:
+  """The function of each device's own parts of arrays: kernels, which the partitioner cannot split.
+
+  Args:
+    function: of arrays; on a mesh it is given the parts, and its results are parts.
+    in_specs, out_specs: how arguments and results are split, evenly. Under a vmap whose axis is
+      split over the mesh, that axis comes first by itself.
+  """
+  if not on_mesh():
+    return function
+  return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def on_mesh() -> bool:

@@ -2,19 +2,22 @@
 
 Few experts' products are written out, pair by pair. As products of matrices they would be very
 small ones, E x D x E for every token, for which XLA's CPU backend moves the experts behind the
-tokens and back again: that took two to three times as long. On one GPU few experts' products come
-from `token_kernels`. Many experts are multiplied by einsum. On several devices all are: the
-partitioner splits what is written out in ways that move tokens.
+tokens and back again: that took two to three times as long. On GPUs few experts' products come
+from `token_kernels`, on each device of its own tokens. Many experts are multiplied by einsum, and
+on several devices all for which there are no kernels: the partitioner splits what is written out in
+ways that move tokens.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from hgnn_moe_jax import device, token_kernels
-from hgnn_moe_jax.layout import on_mesh
+from hgnn_moe_jax.layout import each_device, on_mesh, token_axes
 from hgnn_moe_jax.token_sums import token_sum
 
 SAVED = "token products"  # Their name for a policy of rematerialisation: small, and dear to make.
@@ -28,21 +31,52 @@ def _few(num_experts: int) -> bool:
   return num_experts <= _MOST_WRITTEN_OUT and not on_mesh()
 
 
+def _tokens_on_gpu(a_EBTD: jax.Array) -> bool:
+  """Whether kernels make such vectors' products."""
+  E, B, T, D = a_EBTD.shape
+  return token_axes(B, T) is not None and _on_gpu((1, E, B * T, D))
+
+
+def _whole_on_gpu(w_GEDK: jax.Array) -> bool:
+  """The same of weight matrices, of which each device of a mesh has parts."""
+  return not on_mesh() and _on_gpu(w_GEDK.shape)
+
+
 def _on_gpu(shape_GEND: tuple[int, ...]) -> bool:
-  return not on_mesh() and token_kernels.fits(shape_GEND) and device.has_ampere_kernels()
+  return token_kernels.fits(shape_GEND) and device.has_ampere_kernels()
 
 
-def _rows(a: jax.Array) -> jax.Array:
-  """[..., B, T, D] -> [1, ..., N, D], the kernels' order."""
-  return a.reshape(1, *a.shape[:-3], -1, a.shape[-1])
+def _by_kernel(kernel: Callable[..., jax.Array], axes: str, *operands: jax.Array) -> jax.Array:
+  """A kernel of `token_kernels`, on each device of its own tokens.
+
+  Args:
+    kernel: of one group, with tokens on one axis.
+    axes: of the operands and the result, as for einsum, of E, B, T and D.
+    operands: of these axes.
+  """
+  *given, result = axes.replace("->", ",").split(",")
+
+  def sizes_of(parts: Sequence[jax.Array]) -> dict[str, int]:
+    return dict(zip("".join(given), sum((x.shape for x in parts), ()), strict=True))
+
+  def own(*parts: jax.Array) -> jax.Array:
+    sizes = sizes_of(parts)
+    sizes["N"] = sizes["B"] * sizes["T"]
+    shapes = [[1, *(sizes[a] for a in names.replace("BT", "N"))] for names in given]
+    found = kernel(*(x.reshape(shape) for x, shape in zip(parts, shapes, strict=True)))
+    return found.reshape([sizes[a] for a in result])
+
+  whole = sizes_of(operands)
+  split = dict(zip("BT", token_axes(whole["B"], whole["T"]) or (), strict=False))
+  *in_specs, out_spec = [PartitionSpec(*map(split.get, names)) for names in (*given, result)]
+  return each_device(own, tuple(in_specs), out_spec)(*operands)
 
 
 @jax.custom_vjp
 def mix(operator_EEBT: jax.Array, h_EBTD: jax.Array) -> jax.Array:
   """sum_j P_ij h_j, receiver by sender, summed in float32: [E, B, T, D] of the arguments' dtype."""
-  if _on_gpu(_rows(h_EBTD).shape):
-    operator_GEEN = operator_EEBT.reshape(1, *operator_EEBT.shape[:2], -1)
-    return token_kernels.mix(operator_GEEN, _rows(h_EBTD)).reshape(h_EBTD.shape)
+  if _tokens_on_gpu(h_EBTD):
+    return _by_kernel(token_kernels.mix, "EEBT,EBTD->EBTD", operator_EEBT, h_EBTD)
   if not _few(h_EBTD.shape[0]):
     return _einsum("ijBT,jBTD->iBTD", operator_EEBT, h_EBTD)
   weight_EEBT, sender_EBTD = operator_EEBT.astype(jnp.float32), h_EBTD.astype(jnp.float32)
@@ -55,8 +89,8 @@ def mix(operator_EEBT: jax.Array, h_EBTD: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def products(a_EBTD: jax.Array, b_EBTD: jax.Array) -> jax.Array:
   """<a_i, b_j>: [E, E, B, T] float32."""
-  if _on_gpu(_rows(a_EBTD).shape):
-    return _by_token(token_kernels.products(_rows(a_EBTD), _rows(b_EBTD)), a_EBTD)
+  if _tokens_on_gpu(a_EBTD):
+    return _by_kernel(token_kernels.products, "EBTD,EBTD->EEBT", a_EBTD, b_EBTD)
   if not _few(a_EBTD.shape[0]):
     return _einsum("iBTD,jBTD->ijBT", a_EBTD, b_EBTD, preferred_element_type=jnp.float32)
   experts = range(a_EBTD.shape[0])
@@ -72,8 +106,8 @@ def gram(a_EBTD: jax.Array, share_BT: jax.Array) -> jax.Array:
   keeps them, E x B x T x D each, until the rest of the network has gone backward.
   """
   mean_ED = share_mean(a_EBTD, share_BT)
-  if _on_gpu(_rows(a_EBTD).shape):
-    return _by_token(token_kernels.gram(_rows(a_EBTD), mean_ED[None]), a_EBTD)
+  if _tokens_on_gpu(a_EBTD):
+    return _by_kernel(token_kernels.gram, "EBTD,ED->EEBT", a_EBTD, mean_ED)
   centred_EBTD = _centred(a_EBTD, mean_ED)
   if not _few(a_EBTD.shape[0]):
     return products(centred_EBTD, centred_EBTD)
@@ -94,15 +128,11 @@ def _centred(a_EBTD: jax.Array, centre_ED: jax.Array) -> jax.Array:
   return a_EBTD.astype(jnp.float32) - centre_ED[:, None, None]
 
 
-def _by_token(products_GEEN: jax.Array, a_EBTD: jax.Array) -> jax.Array:
-  return products_GEEN.reshape(*products_GEEN.shape[1:3], *a_EBTD.shape[1:3])
-
-
 @jax.custom_vjp
 def matrix_gram(w_LEDK: jax.Array) -> jax.Array:
   """<W_i, W_j> of flattened matrices: [..., E, E] float32, for w of [..., E, D, K]."""
   w_GEDK = w_LEDK.reshape(-1, *w_LEDK.shape[-3:])
-  if _on_gpu(w_GEDK.shape):
+  if _whole_on_gpu(w_GEDK):
     gram_GEE = token_kernels.gram(w_GEDK).sum(-1)
     return gram_GEE.reshape(*w_LEDK.shape[:-2], w_LEDK.shape[-3])
   return _einsum("...edk,...fdk->...ef", w_LEDK, w_LEDK, preferred_element_type=jnp.float32)
@@ -132,10 +162,9 @@ def _gram_backward(residuals, cotangent_EEBT):
   a_EBTD, share_BT = residuals
   mean_ED = share_mean(a_EBTD, share_BT)
   both_ways_EEBT = cotangent_EEBT + jnp.swapaxes(cotangent_EEBT, 0, 1)
-  if _on_gpu(_rows(a_EBTD).shape):
-    both_ways_GEEN = both_ways_EEBT.reshape(1, *both_ways_EEBT.shape[:2], -1)
-    grad_GEND = token_kernels.mix(both_ways_GEEN, _rows(a_EBTD), mean_ED[None])
-    grad_EBTD = grad_GEND.reshape(a_EBTD.shape)
+  if _tokens_on_gpu(a_EBTD):
+    operands = both_ways_EEBT, a_EBTD, mean_ED
+    grad_EBTD = _by_kernel(token_kernels.mix, "EEBT,EBTD,ED->EBTD", *operands)
     total_ED = token_sum(grad_EBTD, 1)
   else:
     grad_EBTD = mix(both_ways_EEBT, _centred(a_EBTD, mean_ED))
@@ -153,7 +182,7 @@ def _gram_backward(residuals, cotangent_EEBT):
 def _matrix_gram_backward(w_LEDK, cotangent_LEE):
   both_ways_LEE = (cotangent_LEE + jnp.swapaxes(cotangent_LEE, -1, -2)).astype(w_LEDK.dtype)
   w_GEDK = w_LEDK.reshape(-1, *w_LEDK.shape[-3:])
-  if _on_gpu(w_GEDK.shape):
+  if _whole_on_gpu(w_GEDK):
     both_ways_GEE1 = both_ways_LEE.reshape(-1, *both_ways_LEE.shape[-2:], 1)
     every_row_GEED = jnp.broadcast_to(both_ways_GEE1, (*both_ways_GEE1.shape[:3], w_LEDK.shape[-2]))
     return (token_kernels.mix(every_row_GEED, w_GEDK).reshape(w_LEDK.shape),)

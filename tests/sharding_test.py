@@ -1,6 +1,7 @@
 """Which mesh axis each array's axes are split over, and what travels because of it."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -294,6 +295,30 @@ def test_what_experts_say_is_exchanged_and_never_brought_together():
   # A layer's updates go from experts to tokens, once more when they are recomputed, and back.
   exchanged = [entry for entry in found if entry[0] == "all-to-all" and entry[3] == L]
   assert exchanged == [["all-to-all", expert, experts // expert, L]] * 3
+
+
+def test_kernels_on_meshes_compute_what_they_do_on_one_device():
+  """Each device its own tokens, heads and rows. The head's need the whole vocabulary."""
+  here = pathlib.Path(__file__).parent
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+  cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+  done = subprocess.run(
+    [sys.executable, str(here / "kernels_here.py")],
+    capture_output=True,
+    text=True,
+    cwd=here.parent,
+    env={**os.environ, **cache, "PYTHONPATH": str(here.parent), "XLA_FLAGS": flags},
+  )
+  assert done.returncode == 0, done.stderr
+  calls = {
+    "mix": {"2 x 4 x 1": 3, "2 x 2 x 2": 3},
+    "gram": {"2 x 4 x 1": 2, "2 x 2 x 2": 2},
+    "attention": {"2 x 4 x 1": 2, "2 x 2 x 2": 2},
+    "cross_entropy": {"2 x 4 x 1": 2, "2 x 2 x 2": 0},
+  }
+  found = json.loads(done.stdout)
+  assert {k: {m: count for m, (count, _) in v.items()} for k, v in found.items()} == calls
+  assert max(distance for v in found.values() for _, distance in v.values()) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
-from hgnn_moe_jax import token_kernels, token_products
+from hgnn_moe_jax import device, sharding, token_kernels, token_products
 
 B, T, D = 2, 3, 5
 
@@ -117,6 +118,26 @@ def test_kernels_give_the_same(E, request):
   for (function, arguments, up), wanted in zip(cases, expected, strict=True):
     assert "pallas_call" in str(jax.make_jaxpr(function)(*arguments))
     jax.tree.map(_assert_close, _with_gradients(function, up, *arguments), wanted)
+
+
+@pytest.mark.parametrize(
+  ("rows", "length", "mesh", "calls"),
+  [
+    (4, 6, (2, 2, 1), 1),
+    (4, 6, (1, 2, 2), 1),  # over mesh.expert alone
+    (4, 5, (1, 1, 2), 1),
+    (4, 5, (2, 2, 1), 0),
+    (3, 6, (2, 2, 1), 0),
+  ],
+)
+def test_who_uses_kernels_on_a_mesh(rows, length, mesh, calls, monkeypatch):
+  monkeypatch.setattr(device, "has_ampere_kernels", lambda: True)
+  a = jax.ShapeDtypeStruct((3, rows, length, 64), jnp.float32)
+  with jax.sharding.use_abstract_mesh(AbstractMesh(mesh, sharding.AXES)):
+    text = str(jax.make_jaxpr(token_products.products)(a, a))
+    matrices = str(jax.make_jaxpr(token_products.matrix_gram)(a))
+  assert text.count("pallas_call[") == calls and text.count("shard_map[") == calls
+  assert "pallas_call" not in matrices
 
 
 @pytest.mark.parametrize("E", [3, 9])

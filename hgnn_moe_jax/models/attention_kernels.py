@@ -15,17 +15,28 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.sharding import PartitionSpec
+
+from hgnn_moe_jax.layout import each_device, shards
 
 SAVED = "attention"  # Its result's name for a policy of rematerialisation.
 
 _LENGTHS = (16, 32, 64, 128)  # tokens of a row: powers of two, of which the scores fit
 _HEAD_DIMS = (16, 32, 64)
 
+# How a mesh splits queries, keys and values, their biases, a row's part in the biases' gradients,
+# and mixtures.
+_QKV = PartitionSpec("data", None, "expert", None, "model", None)
+_BIAS = PartitionSpec("expert", None, "model", None)
+_BIAS_BY_ROW = PartitionSpec("data", *_BIAS)
+_MIXED = PartitionSpec("expert", "data", None, "model", None)
+
 
 def fits(qkv_BTESNH: jax.Array) -> bool:
-  """Whether the kernels take rows and heads of these sizes."""
-  _, T, _, _, _, H = qkv_BTESNH.shape
-  return qkv_BTESNH.dtype == jnp.bfloat16 and T in _LENGTHS and H in _HEAD_DIMS
+  """Whether the kernels take rows and heads of these sizes, and devices have whole ones of them."""
+  B, T, _, _, _, H = qkv_BTESNH.shape
+  sizes = T in _LENGTHS and H in _HEAD_DIMS and B % shards("data") == 0
+  return sizes and qkv_BTESNH.dtype == jnp.bfloat16
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -42,10 +53,14 @@ def causal_attention(
   Returns:
     [E, B, T, N, H], bfloat16; scores and sums are float32.
   """
-  B, T, E, _, N, H = qkv_BTESNH.shape
-  out_shape = jax.ShapeDtypeStruct((E, B, T, N, H), qkv_BTESNH.dtype)
-  call = _call(_forward_kernel, qkv_BTESNH.shape, out_shape, 4, interpret)
-  return call(qkv_BTESNH, bias_ESNH)
+
+  def own(qkv_BTESNH, bias_ESNH):
+    B, T, E, _, N, H = qkv_BTESNH.shape
+    out_shape = jax.ShapeDtypeStruct((E, B, T, N, H), qkv_BTESNH.dtype)
+    call = _call(_forward_kernel, qkv_BTESNH.shape, out_shape, 4, interpret)
+    return call(qkv_BTESNH, bias_ESNH)
+
+  return each_device(own, (_QKV, _BIAS), _MIXED)(qkv_BTESNH, bias_ESNH)
 
 
 def _forward(qkv_BTESNH: jax.Array, bias_ESNH: jax.Array, interpret: bool) -> tuple[Any, Any]:
@@ -56,12 +71,15 @@ def _forward(qkv_BTESNH: jax.Array, bias_ESNH: jax.Array, interpret: bool) -> tu
 def _backward(
   interpret: bool, given: tuple[jax.Array, jax.Array], cotangent_EBTNH: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  qkv_BTESNH, bias_ESNH = given
-  shape, dtype = qkv_BTESNH.shape, qkv_BTESNH.dtype
-  grad, by_row = (shape, dtype), ((shape[0], *shape[2:]), jnp.float32)
-  out_shape = [jax.ShapeDtypeStruct(*out) for out in (grad, by_row)]
-  call = _call(_backward_kernel, shape, out_shape, 8, interpret)
-  grad_BTESNH, grad_BESNH = call(qkv_BTESNH, bias_ESNH, cotangent_EBTNH)
+  def own(qkv_BTESNH, bias_ESNH, cotangent_EBTNH):
+    shape, dtype = qkv_BTESNH.shape, qkv_BTESNH.dtype
+    grad, by_row = (shape, dtype), ((shape[0], *shape[2:]), jnp.float32)
+    out_shape = tuple(jax.ShapeDtypeStruct(*out) for out in (grad, by_row))
+    call = _call(_backward_kernel, shape, out_shape, 8, interpret)
+    return call(qkv_BTESNH, bias_ESNH, cotangent_EBTNH)
+
+  by_device = each_device(own, (_QKV, _BIAS, _MIXED), (_QKV, _BIAS_BY_ROW))
+  grad_BTESNH, grad_BESNH = by_device(*given, cotangent_EBTNH)
   return grad_BTESNH, grad_BESNH.sum(0)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from hgnn_moe_jax import device
 from hgnn_moe_jax.config import ModelConfig
-from hgnn_moe_jax.layout import constrain, on_mesh, shards
+from hgnn_moe_jax.layout import constrain, shards
 from hgnn_moe_jax.models import attention, attention_kernels, token_groups
 from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.layers import (
@@ -166,7 +166,7 @@ class ExpertBlocks(nn.Module):
 
 
 def _takes_kernels(qkv_BTESNH: jax.Array) -> bool:
-  return not on_mesh() and attention_kernels.fits(qkv_BTESNH) and device.has_hopper_kernels()
+  return attention_kernels.fits(qkv_BTESNH) and device.has_hopper_kernels()
 
 
 def _merge_heads(x_BTENH: jax.Array) -> jax.Array:

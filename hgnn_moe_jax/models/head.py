@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from hgnn_moe_jax import device
-from hgnn_moe_jax.layout import on_mesh
 from hgnn_moe_jax.models import head_kernels
 
 # Entries of one chunk's logits. On CPU a chunk should stay near the cache; on an accelerator it
@@ -88,7 +87,7 @@ def _nll_and_error(
   """nll_n, and its gradient by the logits, weight_n (softmax - onehot), in the kernel's dtype."""
   x_nD = chunk.x_nD.astype(kernel_DV.dtype)
   kernel_VD = kernel_DV.T
-  if device.has_hopper_kernels() and not on_mesh() and head_kernels.fits(x_nD, kernel_VD):
+  if device.has_hopper_kernels() and head_kernels.fits(x_nD, kernel_VD):
     log_total_n = head_kernels.log_totals(x_nD, kernel_VD, vocab_size)
     chosen_nD = kernel_VD[chunk.target_n].astype(jnp.float32)
     chosen_n = jnp.sum(x_nD.astype(jnp.float32) * chosen_nD, 1)

@@ -12,6 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.sharding import PartitionSpec
+
+from hgnn_moe_jax.layout import each_device, shards
 
 _MOST_DEPTH = 256  # In wider models the second multiplication would take longer than the memory.
 # A program's tile of the logits, and how many columns of both factors it holds at a time.
@@ -22,7 +25,7 @@ LOWEST = float(jnp.finfo(jnp.float32).min)  # Differences of two of these are 0,
 def fits(x_ND: jax.Array, kernel_VD: jax.Array) -> bool:
   """Whether the kernels take these, [N, D] and [V, D], and are faster than XLA."""
   (N, D), V = x_ND.shape, kernel_VD.shape[0]
-  if D > _MOST_DEPTH:
+  if D > _MOST_DEPTH or shards("model") > 1:  # There, each device has a part of the vocabulary.
     return False
   whole = N % _ROWS == 0 and V % _TOKENS == 0 and D % _DEPTH == 0
   return whole and x_ND.dtype == kernel_VD.dtype == jnp.bfloat16
@@ -73,13 +76,16 @@ def _call(
   interpret: bool,
 ) -> Callable[..., Any]:
   programs = x_ND.shape[0] // _ROWS * (kernel_VD.shape[0] // _TOKENS)
-  return pl.pallas_call(
+  call = pl.pallas_call(
     kernel,
     out_shape=out_shape,
     grid=(programs,),
     compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
     interpret=interpret,
   )
+  # On a mesh these are a device's own rows already: `head` maps over the devices' parts.
+  whole = PartitionSpec()
+  return lambda *given: each_device(call, (whole,) * len(given), whole)(*given)
 
 
 def _logits(x_ref: Any, kernel_ref: Any, vocab_size: int) -> tuple[jax.Array, jax.Array, Any, Any]:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
-from hgnn_moe_jax import device
+from hgnn_moe_jax import device, sharding
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import attention, attention_kernels, expert, language_model
 
@@ -151,15 +152,21 @@ def test_experts_compute_the_same_with_them(monkeypatch):
 
 @pytest.mark.parametrize(
   ("positions", "mesh", "calls"),
-  [("learned", False, 2), ("rotary", False, 0), ("learned", True, 0)],
+  [
+    ("learned", None, 2),
+    ("rotary", None, 0),
+    ("learned", (2, 3, 2), 2),
+    ("learned", (4, 1, 1), 0),  # It has two rows.
+  ],
 )
 def test_who_uses_them(positions, mesh, calls, monkeypatch):
   """A layer once forward and once backward: nothing is attended to again to go backward."""
   monkeypatch.setattr(device, "has_hopper_kernels", lambda: True)
   monkeypatch.setattr(attention, "causal_attention", lambda q, k, v: v)
   model, params = _build(_config("bfloat16", positions=positions))
-  monkeypatch.setattr(expert, "on_mesh", lambda: mesh)
-  gradient = jax.make_jaxpr(_gradient(model))(params)
+  on = AbstractMesh(mesh or (), sharding.AXES if mesh else ())
+  with jax.sharding.use_abstract_mesh(on):
+    gradient = jax.make_jaxpr(_gradient(model))(params)
   assert str(gradient).count("pallas_call[") == calls
   caches = jax.eval_shape(lambda: model.init_caches(B, T))
   start_B, ids_BT = (jnp.zeros(shape, jnp.int32) for shape in ((B,), (B, T)))

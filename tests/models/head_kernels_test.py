@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
-from hgnn_moe_jax import device
+from hgnn_moe_jax import device, sharding
 from hgnn_moe_jax.models import head, head_kernels
 
 N, D, V = 256, 128, 384
@@ -100,5 +101,10 @@ def test_the_head_computes_the_same_with_them(monkeypatch):
   monkeypatch.setattr(head_kernels, "errors", lambda *_: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     run()
-  monkeypatch.setattr(head, "on_mesh", lambda: True)
-  run()
+
+
+@pytest.mark.parametrize(("mesh", "taken"), [((4, 2, 1), True), ((2, 2, 2), False)])
+def test_on_a_mesh_that_splits_the_vocabulary_they_are_not_used(mesh, taken):
+  x, kernel, *_ = _case()
+  with jax.sharding.use_abstract_mesh(AbstractMesh(mesh, sharding.AXES)):
+    assert head_kernels.fits(x, kernel) == taken

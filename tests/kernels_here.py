@@ -1,0 +1,110 @@
+"""The GPU kernels, interpreted, on meshes of eight virtual devices: against those of one device.
+
+Prints {operation: {mesh: [kernels in the program, distance, relative to the results' norm]}}.
+"""
+
+import functools
+import json
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from hgnn_moe_jax import device, sharding, token_kernels, token_products
+from hgnn_moe_jax.config import ModelConfig
+from hgnn_moe_jax.layout import by_token
+from hgnn_moe_jax.models import attention_kernels, head, head_kernels, language_model
+
+MESHES = [(2, 4, 1), (2, 2, 2)]
+B, T, E, D = 4, 8, 2, 32
+
+
+def _normal(seed, *shape):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def _vectors(seed):
+  return _normal(seed, E, B, T, D)
+
+
+def _with_gradients(function, *arguments):
+  """The value and the arguments' gradients, for a cotangent drawn once."""
+
+  def evaluate(*arguments):
+    value, pull = jax.vjp(function, *arguments)
+    cotangent = np.random.default_rng(9).standard_normal(value.shape)
+    return value, pull(jnp.asarray(cotangent, value.dtype))
+
+  return evaluate, arguments
+
+
+def mix():
+  """And `products`, which its gradient needs."""
+  split = lambda operator, h: token_products.mix(operator, by_token(h))  # noqa: E731
+  return _with_gradients(split, _normal(0, E, E, B, T), _vectors(1))
+
+
+def gram():
+  split = lambda a, share: token_products.gram(by_token(a), share)  # noqa: E731
+  return _with_gradients(split, _vectors(0), jnp.abs(_normal(1, B, T)) / (B * T))
+
+
+def attention():
+  E, N, H = 4, 2, 16
+  qkv = _normal(0, B, 16, E, 3, N, H).astype(jnp.bfloat16)
+  attend = functools.partial(attention_kernels.causal_attention, interpret=True)
+  return _with_gradients(attend, qkv, _normal(1, E, 3, N, H))
+
+
+def cross_entropy():
+  """Of 128 tokens for each of the devices."""
+  B, T, D, V = 64, 16, 64, 200
+  c = ModelConfig(embed_dim=D, max_length=T, compute_dtype="bfloat16")
+  model = language_model.build(c, V, lambda updates_EBTD, weights_BT: None)
+  target = np.random.default_rng(3).integers(0, V, (B, T)).astype(np.int32)
+
+  def loss(head, x_BTD, weight_BT):
+    return model.loss({"head": head}, x_BTD, target, weight_BT)
+
+  return _with_gradients(loss, _normal(0, V, D), _normal(1, B, T, D), jnp.abs(_normal(2, B, T)))
+
+
+def _distance(found, expected):
+  squares = lambda trees: sum(  # noqa: E731
+    float(np.sum(np.square(np.asarray(x, np.float64)))) for x in jax.tree.leaves(trees)
+  )
+  difference = jax.tree.map(
+    lambda a, b: np.asarray(a, np.float64) - np.asarray(b, np.float64), found, expected
+  )
+  return (squares(difference) / squares(expected)) ** 0.5
+
+
+def _measure(operation):
+  function, arguments = operation()
+  expected = jax.jit(function)(*arguments)
+  found = {}
+  for shape in MESHES:
+    devices = np.asarray(jax.devices()).reshape(shape)
+    mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+      traced = jax.jit(function).trace(*arguments)
+      calls = str(traced.jaxpr).count("pallas_call[")
+      got = traced.lower().compile()(*arguments)
+    found[" x ".join(map(str, shape))] = calls, _distance(got, expected)
+  return found
+
+
+if __name__ == "__main__":
+  assert jax.device_count() == 8
+  with mock.patch.object(device, "nvidia_capability", lambda: 9.0):
+    for module, names in (
+      (token_kernels, ("mix", "products", "gram")),
+      (head_kernels, ("log_totals", "errors")),
+    ):
+      for name in names:
+        setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+    head._ALIGNMENT = {}
+    operations = (mix, gram, attention, cross_entropy)
+    print(json.dumps({operation.__name__: _measure(operation) for operation in operations}))
