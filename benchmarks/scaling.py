@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from benchmarks import gpu_target
 from benchmarks.collectives import Collective, collectives
@@ -75,7 +75,7 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
   """
   count = shape[0] * shape[1] * shape[2]
   grid = np.asarray(jax.devices()[:count]).reshape(shape)
-  mesh = Mesh(grid, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+  mesh = Mesh(grid, sharding.AXES, axis_types=sharding.AXIS_TYPES)
   # A program for GPUs sends what it says; for CPU's the partitioner's text says more.
   on_cpu = jax.default_backend() == "cpu"
   on_gpu = {**device.compiler_options(), **gpu_target.COMPILER_OPTIONS}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 FREE = "free"  # of an axis: split as the partitioner sees fit
 
@@ -59,8 +59,8 @@ def each_device(
 
   Args:
     function: of arrays; on a mesh it is given the parts, and its results are parts.
-    in_specs, out_specs: how arguments and results are split, evenly. Under a vmap whose axis is
-      split over the mesh, that axis comes first by itself.
+    in_specs, out_specs: how arguments and results are split, evenly. Under a vmap with
+      `spmd_axis_name` the mapped axis is split by itself: these must not name its mesh axes then.
   """
   if not on_mesh():
     return function
@@ -68,8 +68,11 @@ def each_device(
 
 
 def on_mesh() -> bool:
-  """Whether the function that is being traced will run on several devices."""
-  return not jax.sharding.get_abstract_mesh().empty
+  """Whether the function that is being traced will run on several devices, and sees whole arrays.
+
+  Inside a `shard_map` over all of the mesh it sees one device's parts, as if there were no other.
+  """
+  return any(kind != AxisType.Manual for kind in jax.sharding.get_abstract_mesh().axis_types)
 
 
 def shards(*axes: str) -> int:

@@ -19,6 +19,7 @@ from hgnn_moe_jax.config import Config, MeshConfig
 from hgnn_moe_jax.errors import ConfigError
 
 AXES = ("data", "expert", "model")
+AXIS_TYPES = (AxisType.Auto,) * len(AXES)  # What lies where is the partitioner's to decide.
 
 # Name of an array's axis -> mesh axis. "embed" is split over data if mesh.fsdp is set.
 _SPLIT_OVER = {"expert": "expert", "heads": "model", "hidden": "model", "vocab": "model"}
@@ -73,7 +74,7 @@ def evaluation_mesh(config: Config) -> Mesh | None:
 
 def _mesh(data: int, config: MeshConfig) -> Mesh:
   devices = np.asarray(jax.devices()).reshape(data, config.expert, config.model)
-  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+  return Mesh(devices, AXES, axis_types=AXIS_TYPES)
 
 
 def using(mesh: Mesh | None) -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ ways that move tokens.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -51,24 +51,26 @@ def _by_kernel(kernel: Callable[..., jax.Array], axes: str, *operands: jax.Array
 
   Args:
     kernel: of one group, with tokens on one axis.
-    axes: of the operands and the result, as for einsum, of E, B, T and D.
-    operands: of these axes.
+    axes: of the operands and the result, as for einsum; one of them is EBTD, B and T the tokens'.
+    operands: of these axes, for which `_tokens_on_gpu`.
   """
   *given, result = axes.replace("->", ",").split(",")
-
-  def sizes_of(parts: Sequence[jax.Array]) -> dict[str, int]:
-    return dict(zip("".join(given), sum((x.shape for x in parts), ()), strict=True))
+  vectors = given.index("EBTD")
+  split_over = token_axes(*operands[vectors].shape[1:3])
+  assert split_over is not None
+  over = dict(zip("BT", split_over, strict=True))
+  *in_specs, out_spec = [PartitionSpec(*map(over.get, names)) for names in (*given, result)]
 
   def own(*parts: jax.Array) -> jax.Array:
-    sizes = sizes_of(parts)
-    sizes["N"] = sizes["B"] * sizes["T"]
-    shapes = [[1, *(sizes[a] for a in names.replace("BT", "N"))] for names in given]
-    found = kernel(*(x.reshape(shape) for x, shape in zip(parts, shapes, strict=True)))
-    return found.reshape([sizes[a] for a in result])
+    flat = [
+      jax.lax.collapse(x, names.index("B"), names.index("T") + 1) if "BT" in names else x
+      for x, names in zip(parts, given, strict=True)
+    ]
+    (found,) = kernel(*(x[None] for x in flat))
+    first = result.index("B")
+    tokens = parts[vectors].shape[1:3]
+    return found.reshape(*found.shape[:first], *tokens, *found.shape[first + 1 :])
 
-  whole = sizes_of(operands)
-  split = dict(zip("BT", token_axes(whole["B"], whole["T"]) or (), strict=False))
-  *in_specs, out_spec = [PartitionSpec(*map(split.get, names)) for names in (*given, result)]
   return each_device(own, tuple(in_specs), out_spec)(*operands)
 
 

@@ -38,6 +38,7 @@ from absl import flags, logging
 from absl.testing import flagsaver
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from hgnn_moe_jax import sharding
 from hgnn_moe_jax.config import Config
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -140,13 +141,15 @@ def config_file(tmp_path) -> Callable[[Config], str]:
 
 @pytest.fixture
 def lowered_for_gpu():
-  """lowered_for_gpu(function, *shapes) -> the text that XLA for GPUs would compile.
+  """lowered_for_gpu(function, *shapes, mesh=()) -> the text that XLA for GPUs would compile.
 
   From JAX 0.11 on Pallas asks which GPU it is.
   """
 
-  def lower(function: Callable[..., Any], *shapes: Any) -> str:
-    gpu = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100", None, "gpu"))
+  def lower(function: Callable[..., Any], *shapes: Any, mesh: tuple[int, ...] = ()) -> str:
+    axes, kinds = (sharding.AXES, sharding.AXIS_TYPES) if mesh else ((), ())
+    device = AbstractDevice("NVIDIA H100", None, "gpu")
+    gpu = AbstractMesh(mesh, axes, axis_types=kinds, abstract_device=device)
     with jax.sharding.use_abstract_mesh(gpu):
       return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 

@@ -63,6 +63,21 @@ def test_the_ring_couples_neighbours_and_learns(mine, quick_model, random_params
   assert np.any(one[:, 4:] != two[:, 4:])
 
 
+def test_an_operator_of_another_shape_is_refused(mine, quick_model, monkeypatch):
+  """Weights of all rows at once would be read past their end."""
+  whole = sys.modules["mine"].Ring.__call__
+  monkeypatch.setattr(
+    sys.modules["mine"].Ring, "__call__", lambda self, h: whole(self, h)[..., None, None]
+  )
+  config = ModelConfig(embed_dim=8, num_heads=2, coupler="mine:Ring", max_length=6)
+  message = (
+    r"coupler='mine:Ring': its operator has the shape \[4, 4, 1, 1\]; make it \[E, E\] or, by "
+    r"token, \[E, E, B, T\], here \[4, 4\] or \[4, 4, 1, 2\]"
+  )
+  with pytest.raises(ConfigError, match=message):
+    quick_model(config)
+
+
 @pytest.fixture
 def quick_model(random_params):
   def make(config):

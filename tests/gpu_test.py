@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from hgnn_moe_jax import device, token_kernels, token_sums
+from hgnn_moe_jax import device, sharding, token_kernels, token_sums
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.data.examples import place, stream_examples
 from hgnn_moe_jax.models import attention, attention_kernels, head, language_model
@@ -177,6 +178,20 @@ def test_bfloat16_computes_what_float32_does(coupler):
     exact = _loss(with_fields(config, {"model.compute_dtype": "float32"}), params)
   np.testing.assert_allclose(loss, exact[0], rtol=2e-3)
   assert _distance(gradient, exact[1]) < 3e-2
+
+
+def test_a_mesh_of_one_gpu_computes_what_the_gpu_does():
+  """It goes the way of many: each device calls the kernels on its own parts."""
+  config = _config(**{"model.dropout": 0.0})
+  params = jax.jit(_model(config).init)(jax.random.key(0))
+  loss, gradient = _loss(config, params)
+  devices = np.asarray(jax.devices()[:1]).reshape(1, 1, 1)
+  with jax.set_mesh(Mesh(devices, sharding.AXES, axis_types=sharding.AXIS_TYPES)):
+    traced = str(jax.make_jaxpr(lambda params: _loss(config, params))(params))
+    found = _loss(config, params)
+  assert 0 < traced.count("pallas_call[") <= traced.count("shard_map[")
+  np.testing.assert_allclose(found[0], loss, rtol=2e-3)
+  assert _distance(found[1], gradient) < 3e-2
 
 
 @pytest.mark.parametrize("layers", [2, 5])

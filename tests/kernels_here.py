@@ -1,6 +1,7 @@
 """The GPU kernels, interpreted, on meshes of eight virtual devices: against those of one device.
 
-Prints {operation: {mesh: [kernels in the program, distance, relative to the results' norm]}}.
+Prints {operation: {mesh: [kernels, shard_maps, distance]}}: how many of them the program has, and
+the largest distance of an array, relative to its norm.
 """
 
 import functools
@@ -10,7 +11,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from hgnn_moe_jax import device, sharding, token_kernels, token_products
 from hgnn_moe_jax.config import ModelConfig
@@ -72,13 +73,11 @@ def cross_entropy():
 
 
 def _distance(found, expected):
-  squares = lambda trees: sum(  # noqa: E731
-    float(np.sum(np.square(np.asarray(x, np.float64)))) for x in jax.tree.leaves(trees)
+  found, expected = (
+    [np.asarray(x, np.float64) for x in jax.tree.leaves(trees)] for trees in (found, expected)
   )
-  difference = jax.tree.map(
-    lambda a, b: np.asarray(a, np.float64) - np.asarray(b, np.float64), found, expected
-  )
-  return (squares(difference) / squares(expected)) ** 0.5
+  norm = np.linalg.norm
+  return max(norm(a - b) / norm(b) for a, b in zip(found, expected, strict=True))
 
 
 def _measure(operation):
@@ -87,12 +86,12 @@ def _measure(operation):
   found = {}
   for shape in MESHES:
     devices = np.asarray(jax.devices()).reshape(shape)
-    mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = Mesh(devices, sharding.AXES, axis_types=sharding.AXIS_TYPES)
     with jax.set_mesh(mesh):
       traced = jax.jit(function).trace(*arguments)
-      calls = str(traced.jaxpr).count("pallas_call[")
+      calls = [str(traced.jaxpr).count(name) for name in ("pallas_call[", "shard_map[")]
       got = traced.lower().compile()(*arguments)
-    found[" x ".join(map(str, shape))] = calls, _distance(got, expected)
+    found[" x ".join(map(str, shape))] = *calls, _distance(got, expected)
   return found
 
 

@@ -13,9 +13,10 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from hgnn_moe_jax import layout, sharding
+from hgnn_moe_jax import device, layout, sharding, token_products
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.errors import ConfigError
+from hgnn_moe_jax.models import attention_kernels, head, language_model
 from hgnn_moe_jax.training.assembly import assemble_sized
 
 
@@ -137,9 +138,17 @@ def test_a_mesh_is_used_where_there_is_one():
   with sharding.using(None):
     assert not layout.on_mesh()
   one = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+  seen = []
+
+  def part(x):
+    seen.append(layout.on_mesh())
+    return x
+
   with sharding.using(one):
     assert layout.on_mesh()
-  assert not layout.on_mesh()
+    everywhere = PartitionSpec()
+    jax.make_jaxpr(jax.shard_map(part, in_specs=everywhere, out_specs=everywhere))(1.0)
+  assert not layout.on_mesh() and seen == [False], "a device's part is all there is"
 
 
 def test_processes_that_cut_a_part_of_the_data_in_two_are_refused(devices):
@@ -149,7 +158,7 @@ def test_processes_that_cut_a_part_of_the_data_in_two_are_refused(devices):
     sharding.share(mesh)
 
 
-MESH = AbstractMesh((2, 2, 2), sharding.AXES)
+MESH = AbstractMesh((2, 2, 2), sharding.AXES, axis_types=sharding.AXIS_TYPES)
 
 
 def specs(fsdp=False, vocab_size=64, **fields):
@@ -317,8 +326,40 @@ def test_kernels_on_meshes_compute_what_they_do_on_one_device():
     "cross_entropy": {"2 x 4 x 1": 2, "2 x 2 x 2": 0},
   }
   found = json.loads(done.stdout)
-  assert {k: {m: count for m, (count, _) in v.items()} for k, v in found.items()} == calls
-  assert max(distance for v in found.values() for _, distance in v.values()) < 1e-6
+  assert {k: {m: count for m, (count, *_) in v.items()} for k, v in found.items()} == calls
+  # Without a shard_map results are the same, but every device makes all of them.
+  assert all(count == maps for v in found.values() for count, maps, _ in v.values())
+  assert max(distance for v in found.values() for *_, distance in v.values()) < 1e-6
+
+
+def test_kernels_lower_for_several_gpus(lowered_for_gpu, monkeypatch):
+  monkeypatch.setattr(device, "nvidia_capability", lambda: 9.0)
+  monkeypatch.setattr(head, "_ALIGNMENT", {})
+  c = config(model__embed_dim=64, model__max_length=16, model__compute_dtype="bfloat16")
+  model = language_model.build(c.model, 200, lambda updates_EBTD, weights_BT: None)
+
+  def loss(kernel_VD, x_BTD, target_BT):
+    return model.loss({"head": kernel_VD}, x_BTD, target_BT, jnp.ones(target_BT.shape))
+
+  def attend(qkv, bias):
+    return attention_kernels.causal_attention(qkv, bias).astype(jnp.float32).sum()
+
+  for function, shapes, kernels in (
+    (token_products.products, [((4, 4, 8, 64), "bfloat16")] * 2, ["products"]),
+    (
+      jax.grad(attend),
+      [((4, 16, 4, 3, 2, 16), "bfloat16"), ((4, 3, 2, 16), "float32")],
+      ["backward"],
+    ),
+    (
+      jax.grad(loss),
+      [((200, 64), "float32"), ((32, 16, 64), "float32"), ((32, 16), "int32")],
+      ["totals", "errors"],
+    ),
+  ):
+    given = [jax.ShapeDtypeStruct(*of) for of in shapes]
+    text = lowered_for_gpu(function, *given, mesh=(2, 2, 1))
+    assert all(f"_{name}_kernel" in text for name in kernels) and "triton" in text
 
 
 @pytest.mark.parametrize(

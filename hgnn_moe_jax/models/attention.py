@@ -14,11 +14,11 @@ _LEAST_BLOCKED = 64  # tokens; in shorter rows there is little to leave out
 def causal_attention(q_BTGH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array) -> jax.Array:
   """softmax(q k^T / sqrt(H)) v over earlier and equal positions, for G independent heads.
 
-  On an NVIDIA GPU of the Ampere generation or later cuDNN's fused kernel does it, in bfloat16 and
-  for heads of up to 128 in steps of 8. Elsewhere the scores are made whole, in float32, and the
-  division by the softmax's denominator comes after the product with v: dividing [T, H] entries
-  instead of [T, T] is what makes it fast on CPU. Queries go in blocks, each of which meets only the
-  keys up to its own end: 5/8 of the products and of all that follows them.
+  On an NVIDIA GPU of the Ampere generation or later cuDNN's fused kernel does it, in bfloat16, for
+  heads of up to 128 in steps of 8 and rows of an even length. Elsewhere the scores are made whole,
+  in float32, and the division by the softmax's denominator comes after the product with v: dividing
+  [T, H] entries instead of [T, T] is what makes it fast on CPU. Queries go in blocks, each of which
+  meets only the keys up to its own end: 5/8 of the products and of all that follows them.
 
   Args:
     q_BTGH, k_BTGH, v_BTGH: [B, T, G, H], same dtype.
@@ -26,13 +26,12 @@ def causal_attention(q_BTGH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array) ->
   Returns:
     [B, T, G, H] in the inputs' dtype.
   """
-  head_dim = q_BTGH.shape[3]
-  fits = q_BTGH.dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
-  if fits and device.has_ampere_kernels():
+  length, head_dim = q_BTGH.shape[1], q_BTGH.shape[3]
+  even = head_dim <= 128 and head_dim % 8 == 0 and length % 2 == 0
+  if even and q_BTGH.dtype == jnp.bfloat16 and device.has_ampere_kernels():
     return jax.nn.dot_product_attention(
       q_BTGH, k_BTGH, v_BTGH, is_causal=True, implementation="cudnn"
     )
-  length = q_BTGH.shape[1]
   block = -(-length // _QUERY_BLOCKS) if length >= _LEAST_BLOCKED else length
   borders = list(range(block, length, block))
   # Slices would do, but XLA adds up their gradients as whole arrays, most of them zeros.

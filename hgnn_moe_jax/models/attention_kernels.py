@@ -33,7 +33,10 @@ _MIXED = PartitionSpec("expert", "data", None, "model", None)
 
 
 def fits(qkv_BTESNH: jax.Array) -> bool:
-  """Whether the kernels take rows and heads of these sizes, and devices have whole ones of them."""
+  """Whether the kernels take rows and heads of these sizes.
+
+  On a mesh each device has whole rows and heads; `config_rules` sees to experts and heads.
+  """
   B, T, _, _, _, H = qkv_BTESNH.shape
   sizes = T in _LENGTHS and H in _HEAD_DIMS and B % shards("data") == 0
   return sizes and qkv_BTESNH.dtype == jnp.bfloat16

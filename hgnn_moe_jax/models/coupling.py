@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from hgnn_moe_jax import extensions, token_products
 from hgnn_moe_jax.config import ModelConfig
+from hgnn_moe_jax.errors import ConfigError
 from hgnn_moe_jax.models import hypergraph
 from hgnn_moe_jax.models.layers import LayerNorm, fan_in_normal, gelu, named, project, scores
 
@@ -132,6 +133,18 @@ def make_operator(config: ModelConfig, name: str) -> nn.Module:
   }[config.coupler]()
 
 
+def _check_operator(coupler: str, shape: tuple[int, ...], shape_EBTD: tuple[int, ...]) -> None:
+  """Raises ConfigError for an operator of one's own that is neither [E, E] nor [E, E, B, T]."""
+  E, B, T, _ = shape_EBTD
+  if shape not in ((E, E), (E, E, B, T)):
+    raise ConfigError(
+      "model.coupler",
+      coupler,
+      f"its operator has the shape {list(shape)}; make it [E, E] or, by token, [E, E, B, T], here "
+      f"{[E, E]} or {[E, E, B, T]}",
+    )
+
+
 class Coupler(nn.Module):
   """`config.coupler_layers` rounds of messages: y_EBTD -> y_EBTD.
 
@@ -151,6 +164,7 @@ class Coupler(nn.Module):
     for g in range(c.coupler_layers):
       h_EBTD = LayerNorm(name=f"norm_{g}")(y_EBTD).astype(self.dtype)
       operator = make_operator(c, f"operator_{g}")(h_EBTD)
+      _check_operator(c.coupler, operator.shape, h_EBTD.shape)
       # Not split over mesh.model: there, each device couples other tokens.
       in_DD = self.param(f"in_kernel_{g}", named(fan_in_normal(D), "embed", None), (D, D))
       out_DD = self.param(f"out_kernel_{g}", named(fan_in_normal(D, gain), None, "embed"), (D, D))

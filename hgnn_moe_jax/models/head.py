@@ -42,7 +42,7 @@ def linear_cross_entropy(
   are known but for one scalar factor), so nothing of size N x V is kept or computed twice.
 
   Args:
-    x_ND: [N, D] float32.
+    x_ND: [N, D] float32; on a mesh one device's rows, see `LanguageModel.loss`.
     kernel_DV: [D, V] float32.
     target_N: [N] int32 in [0, V).
     weight_N: [N] float32.

@@ -25,7 +25,9 @@ LOWEST = float(jnp.finfo(jnp.float32).min)  # Differences of two of these are 0,
 def fits(x_ND: jax.Array, kernel_VD: jax.Array) -> bool:
   """Whether the kernels take these, [N, D] and [V, D], and are faster than XLA."""
   (N, D), V = x_ND.shape, kernel_VD.shape[0]
-  if D > _MOST_DEPTH or shards("model") > 1:  # There, each device has a part of the vocabulary.
+  if (
+    D > _MOST_DEPTH or shards("model") > 1
+  ):  # There, each device may have a part of the vocabulary.
     return False
   whole = N % _ROWS == 0 and V % _TOKENS == 0 and D % _DEPTH == 0
   return whole and x_ND.dtype == kernel_VD.dtype == jnp.bfloat16
@@ -83,7 +85,7 @@ def _call(
     compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
     interpret=interpret,
   )
-  # On a mesh these are a device's own rows already: `head` maps over the devices' parts.
+  # On a mesh these are one device's rows: `LanguageModel.loss` maps over the devices' parts.
   whole = PartitionSpec()
   return lambda *given: each_device(call, (whole,) * len(given), whole)(*given)
 

@@ -46,9 +46,8 @@ def test_times_by_hand():
   assert scaling.predicted(cell, 9 * 10**11, 2, device) == pytest.approx((4.0, 5.0))
 
 
-def test_unknown_names_are_told():
-  command = [sys.executable, "-m", "benchmarks.scaling"]
+def test_unknown_names_are_told(command):
   for flag, cure in (("--shape=huge", "large,10b"), ("--devices=7", "8,64,256")):
-    done = subprocess.run([*command, flag], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {flag}: use some of")
-    assert cure in done.stderr
+    done = command(scaling.main, flag)
+    assert done.status == 2 and done.err.startswith(f"error: {flag}: use some of")
+    assert cure in done.err

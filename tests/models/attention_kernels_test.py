@@ -164,7 +164,8 @@ def test_who_uses_them(positions, mesh, calls, monkeypatch):
   monkeypatch.setattr(device, "has_hopper_kernels", lambda: True)
   monkeypatch.setattr(attention, "causal_attention", lambda q, k, v: v)
   model, params = _build(_config("bfloat16", positions=positions))
-  on = AbstractMesh(mesh or (), sharding.AXES if mesh else ())
+  axes, kinds = (sharding.AXES, sharding.AXIS_TYPES) if mesh else ((), ())
+  on = AbstractMesh(mesh or (), axes, axis_types=kinds)
   with jax.sharding.use_abstract_mesh(on):
     gradient = jax.make_jaxpr(_gradient(model))(params)
   assert str(gradient).count("pallas_call[") == calls

@@ -113,22 +113,25 @@ def test_scores_depend_on_relative_position_only():
 
 
 @pytest.mark.parametrize(
-  ("recent", "dtype", "head_dim", "fused"),
+  ("recent", "dtype", "length", "head_dim", "fused"),
   [
-    (True, jnp.bfloat16, 64, True),
-    (True, jnp.bfloat16, 128, True),
-    (True, jnp.bfloat16, 12, False),
-    (True, jnp.bfloat16, 256, False),
-    (True, jnp.float32, 64, False),
-    (False, jnp.bfloat16, 64, False),
+    (True, jnp.bfloat16, 4, 64, True),
+    (True, jnp.bfloat16, 4, 128, True),
+    (True, jnp.bfloat16, 4, 12, False),
+    (True, jnp.bfloat16, 4, 256, False),
+    (True, jnp.bfloat16, 5, 64, False),
+    (True, jnp.float32, 4, 64, False),
+    (False, jnp.bfloat16, 4, 64, False),
   ],
 )
-def test_the_fused_kernel_is_used_where_it_exists(recent, dtype, head_dim, fused, monkeypatch):
+def test_the_fused_kernel_is_used_where_it_exists(
+  recent, dtype, length, head_dim, fused, monkeypatch
+):
   calls = []
   monkeypatch.setattr(device, "has_ampere_kernels", lambda: recent)
   monkeypatch.setattr(
     jax.nn, "dot_product_attention", lambda q, k, v, **how: calls.append(how) or q
   )
-  x_BTGH = jnp.ones((1, 4, 2, head_dim), dtype)
+  x_BTGH = jnp.ones((1, length, 2, head_dim), dtype)
   assert attention.causal_attention(x_BTGH, x_BTGH, x_BTGH).shape == x_BTGH.shape
   assert calls == ([{"is_causal": True, "implementation": "cudnn"}] if fused else [])

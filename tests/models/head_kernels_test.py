@@ -106,5 +106,6 @@ def test_the_head_computes_the_same_with_them(monkeypatch):
 @pytest.mark.parametrize(("mesh", "taken"), [((4, 2, 1), True), ((2, 2, 2), False)])
 def test_on_a_mesh_that_splits_the_vocabulary_they_are_not_used(mesh, taken):
   x, kernel, *_ = _case()
-  with jax.sharding.use_abstract_mesh(AbstractMesh(mesh, sharding.AXES)):
+  on = AbstractMesh(mesh, sharding.AXES, axis_types=sharding.AXIS_TYPES)
+  with jax.sharding.use_abstract_mesh(on):
     assert head_kernels.fits(x, kernel) == taken
