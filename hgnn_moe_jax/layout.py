@@ -42,6 +42,28 @@ def by_token(x_EBTD: jax.Array) -> jax.Array:
   return x_EBTD
 
 
+def everywhere(x_BTD: jax.Array) -> jax.Array:
+  """x with all tokens of a row on each device that has the row; its gradient is split by token.
+
+  So the sum over experts that makes it is taken of each token on the device that goes on with it.
+  """
+  return _everywhere(x_BTD) if on_mesh() else x_BTD
+
+
+@jax.custom_vjp
+def _everywhere(x_BTD: jax.Array) -> jax.Array:
+  return constrain(x_BTD, "data", None, None)
+
+
+def _everywhere_backward(_: None, grad_BTD: jax.Array) -> tuple[jax.Array]:
+  for axes in _token_axes(grad_BTD.shape[1]) or [None]:
+    grad_BTD = constrain(grad_BTD, "data", axes, None)
+  return (grad_BTD,)
+
+
+_everywhere.defvjp(lambda x_BTD: (_everywhere(x_BTD), None), _everywhere_backward)
+
+
 def token_axes(num_rows: int, length: int) -> tuple[str, tuple[str, ...]] | None:
   """What `by_token` splits rows and their tokens over; None if these cannot be split evenly."""
   found = _token_axes(length)

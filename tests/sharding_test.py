@@ -381,3 +381,29 @@ def test_tokens_are_split_as_far_as_their_number_allows(length, steps):
   with jax.sharding.use_abstract_mesh(MESH):
     traced = jax.make_jaxpr(layout.by_token)(x_EBTD)
   assert [equation.params["sharding"].spec for equation in traced.eqns] == steps
+
+
+@pytest.mark.parametrize(
+  ("length", "steps"),
+  [
+    (12, [PartitionSpec("data", "expert", None), PartitionSpec("data", ("expert", "model"), None)]),
+    (6, [PartitionSpec("data", "expert", None)]),
+    (5, [PartitionSpec("data", None, None)]),
+  ],
+)
+def test_what_all_experts_read_is_whole_and_its_gradient_split(length, steps):
+  x_BTD = jax.ShapeDtypeStruct((2, length, 3), jnp.float32)
+
+  def read(x_BTD):
+    whole_BTD, pull = jax.vjp(layout.everywhere, x_BTD)
+    return pull(whole_BTD)
+
+  with jax.sharding.use_abstract_mesh(MESH):
+    traced = str(jax.make_jaxpr(read)(x_BTD))
+  assert traced.count("sharding_constraint") == 1 + len(steps)
+  # Forward, then backward.
+  end = 0
+  for spec in (PartitionSpec("data", None, None), *steps):
+    end = traced.index(f"spec={spec}", end) + 1
+  x = np.ones((2, length, 3), np.float32)
+  assert layout.everywhere(x) is x, "without a mesh there is nothing to do"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hgnn_moe_jax import device, token_products
 from hgnn_moe_jax.config import ModelConfig
-from hgnn_moe_jax.layout import by_token, constrain, on_mesh, shards
+from hgnn_moe_jax.layout import by_token, constrain, everywhere, on_mesh, shards
 from hgnn_moe_jax.models import attention_kernels, head
 from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.coupling import Coupler
@@ -99,8 +99,7 @@ class CoupledLayer(nn.Module):
     if self.config.selected_experts:
       route = Router(self.config, name="router")(x_BTD, weights_BT)
     experts = ExpertBlocks(self.config, self.dtype, name="experts")
-    everywhere_BTD = constrain(x_BTD, "data", None, None)
-    updates_EBTD, cache = experts(everywhere_BTD, position_BT, keys, cache, route)
+    updates_EBTD, cache = experts(everywhere(x_BTD), position_BT, keys, cache, route)
     updates_EBTD = by_token(updates_EBTD)  # What follows is each token's own affair.
     coupled_EBTD = Coupler(self.config, self.dtype, name="coupler")(updates_EBTD)
     z_BTD, gate_BTE = Pool(self.config, name="pool")(coupled_EBTD, x_BTD)
