@@ -186,6 +186,7 @@ _GROUPS_OF_A_RANGE = re.compile(rf"replica_groups=\[(\d+),(\d+)\]<={_RANGE}")
 _GROUPS_OF_A_MESH = re.compile(
   rf"replica_groups=mesh\[([^]]*)\](?:, device_ids=\({_RANGE}\))? \{{([^}}]*)\}}"
 )
+_AXIS_OF_A_MESH = re.compile(r"('\w+')(?::\((\d+)\)(\d+))?")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}")
 
@@ -205,7 +206,7 @@ def _group(rest: str, num_devices: int) -> list[int]:
   those that lie furthest apart.
 
   Listed; as a reshaped and transposed range, cut into groups; or as a mesh of such a range and the
-  names of those of its axes along which a group lies.
+  names of those of its axes, or of factors of them, along which a group lies.
   """
   if found := _PAIRS.search(rest):
     pairs = [_numbers(pair) for pair in re.findall(r"\d+,\d+", found[1])]
@@ -217,11 +218,16 @@ def _group(rest: str, num_devices: int) -> list[int]:
   if found := _GROUPS_OF_A_MESH.search(rest):
     axes, dims, order, along = found.groups()
     sizes = {name: int(n) for name, n in re.findall(r"('\w+')=(\d+)", axes)}
-    named = along.split(",")
-    if set(named) <= sizes.keys():
-      devices = _devices(dims or str(math.prod(sizes.values())), order)
-      first = tuple(slice(None) if name in named else 0 for name in sizes)
-      return devices.reshape(list(sizes.values()))[first].ravel().tolist()
+    named = [_AXIS_OF_A_MESH.fullmatch(axis) for axis in along.split(",")]
+    # An axis, or a factor of its size: of 'a'=8, 'a':(2)4 is the last one of 2 x 4.
+    parts = {m[1]: (int(m[2] or 1), int(m[3] or sizes.get(m[1], 0))) for m in named if m}
+    if parts.keys() <= sizes.keys() and len(parts) == len(named):
+      factors = []
+      for name, n in sizes.items():
+        before, part = parts.get(name, (1, 1))
+        factors += [before, part, n // (before * part)]
+      devices = _devices(dims or str(math.prod(sizes.values())), order).reshape(factors)
+      return devices[(0, slice(None), 0) * len(sizes)].ravel().tolist()
   if "replica_groups={}" in rest or "replica_groups" not in rest:
     return list(range(num_devices))
   raise ValueError(f"groups of devices that are not understood: {rest.strip()[:120]}")

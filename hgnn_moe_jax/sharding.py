@@ -8,6 +8,7 @@ those of one device but for rounding.
 Without a mesh, on one device, nothing here does anything.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,8 +22,16 @@ from hgnn_moe_jax.errors import ConfigError
 AXES = ("data", "expert", "model")
 AXIS_TYPES = (AxisType.Auto,) * len(AXES)  # What lies where is the partitioner's to decide.
 
-# Name of an array's axis -> mesh axis. "embed" is split over data if mesh.fsdp is set.
-_SPLIT_OVER = {"expert": "expert", "heads": "model", "hidden": "model", "vocab": "model"}
+# Name of an array's axis -> mesh axes.
+_SPLIT_OVER = {
+  "expert": ("expert",),
+  "heads": ("model",),
+  "hidden": ("model",),
+  "vocab": ("model",),
+}
+# What no expert owns would else lie whole on each of their devices; but rows of a table, looked up
+# in parts over data and expert, would have to be put together by all devices for all tokens.
+_SPLIT_BY_FSDP = {"embed": ("data", "expert"), "lookup": ("data",)}
 
 
 def make_mesh(config: Config) -> Mesh | None:
@@ -96,20 +105,24 @@ def parameter_shardings(mesh: Mesh, fsdp: bool, names: Any, shapes: Any) -> Any:
 
   Args:
     mesh: of `make_mesh`.
-    fsdp: split "embed" axes over data (fully sharded data parallel; Zhao et al. 2023,
-      arXiv 2304.11277).
+    fsdp: split "embed" and "lookup" axes over data and, the first of what all experts share, over
+      expert (fully sharded data parallel; Zhao et al. 2023, arXiv 2304.11277).
     names: tree of tuples, one name or None per axis, as `LanguageModel.axes` gives it.
     shapes: tree of arrays or shapes.
   """
-  split_over = {**_SPLIT_OVER, **({"embed": "data"} if fsdp else {})}
+  split_over = {**_SPLIT_OVER, **(_SPLIT_BY_FSDP if fsdp else {})}
 
   def one(shape, axes):
-    over: list[str | None] = [split_over.get(name) for name in axes]
-    # A vocabulary of 50,257 cannot be divided: such an axis stays whole.
-    over = [a if a and shape.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(over)]
-    # An axis of the mesh may split one axis of an array only.
-    unique = [a if a not in over[:i] else None for i, a in enumerate(over)]
-    return NamedSharding(mesh, PartitionSpec(*unique))
+    spec, used = [], set()
+    for size, name in zip(shape.shape, axes, strict=True):
+      # An axis of the mesh may split one axis of an array only.
+      over = [a for a in split_over.get(name, ()) if a not in used]
+      # A vocabulary of 50,257 cannot be divided: such an axis stays whole.
+      while size % math.prod(mesh.shape[a] for a in over):
+        over.pop()
+      used.update(over)
+      spec.append(tuple(over) if len(over) > 1 else next(iter(over), None))
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
   return jax.tree.map(one, shapes, names)
 

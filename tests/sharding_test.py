@@ -183,12 +183,28 @@ def test_experts_heads_and_hidden_widths_are_split():
 
 
 def test_fsdp_splits_every_large_parameter_over_data_too():
+  """And what all experts share over their devices."""
   found = specs(fsdp=True)
-  whole = [name for name, spec in found.items() if "kernel" in name and "data" not in spec]
-  assert whole == []
+  kernels = [name for name in found if "kernel" in name or name.endswith("head")]
+  for name in kernels:
+    over = ("data",) if "/experts/" in name else (("data", "expert"),)
+    assert sum(axes in found[name] for axes in over) == 1, name
   assert found["params/layers/experts/ffn_in_kernel"] == PartitionSpec(
     None, "expert", "data", "model"
   )
+  assert found["params/embedding"] == PartitionSpec("model", "data"), "it is looked up"
+  assert found["params/layers/coupler/in_kernel_0"] == PartitionSpec(None, ("data", "expert"), None)
+
+
+def test_fsdp_splits_as_far_as_a_width_allows():
+  params = {"w": jnp.zeros((6, 4)), "v": jnp.zeros((5, 4)), "u": jnp.zeros((4, 4))}
+  axes = {"w": ("embed", None), "v": ("embed", "hidden"), "u": ("hidden", "heads")}
+  found = sharding.parameter_shardings(MESH, True, axes, params)
+  assert {name: s.spec for name, s in found.items()} == {
+    "w": PartitionSpec("data", None),
+    "v": PartitionSpec(None, "model"),
+    "u": PartitionSpec("model", None),
+  }
 
 
 def test_a_vocabulary_that_cannot_be_divided_stays_whole():

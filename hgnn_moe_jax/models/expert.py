@@ -99,7 +99,10 @@ class ExpertBlocks(nn.Module):
     kernel_DESNH = jnp.einsum("EDSNH->DESNH", kernel)
     B, T = x_BTD.shape[:2]
     qkv_BTESNH = project_all(normalize(x_BTD).astype(self.dtype), kernel_DESNH)
+    # Rows stay whole here, whatever is done with their tokens elsewhere.
+    qkv_BTESNH = constrain(qkv_BTESNH, "data", None, "expert", None, "model", None)
     mixed_EBTNH, cache = self._mix(qkv_BTESNH, bias_ESNH, position_BT, cache)
+    mixed_EBTNH = constrain(mixed_EBTNH, "expert", "data", None, "model", None)
     out_EXD = self.param(
       "out_kernel",
       named(fan_in_normal(N * H, self._residual_gain), "expert", "heads", "embed"),

@@ -186,12 +186,12 @@ class Network(nn.Module):
     # fastest at D = 128.
     initializer = fan_in_normal(c.embed_dim)
     table_VD = self.param(
-      "embedding", named(initializer, "vocab", "embed"), (self.vocab_size, c.embed_dim)
+      "embedding", named(initializer, "vocab", "lookup"), (self.vocab_size, c.embed_dim)
     )
     x_BTD = constrain(table_VD[inputs_BT], "data", None, None)
     if c.positions == "learned":
       shape = (c.max_length, c.embed_dim)
-      position_TD = self.param("positions", named(initializer, None, "embed"), shape)
+      position_TD = self.param("positions", named(initializer, None, None), shape)
       first = position_TD[None, : inputs_BT.shape[1]]
       x_BTD = x_BTD + (first if start_B is None else position_TD[position_BT])
     if not c.tie_embeddings:

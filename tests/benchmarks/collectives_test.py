@@ -70,6 +70,12 @@ def test_a_loop_of_unknown_length_is_refused():
     ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}", 4, 4),
     ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", 2, 5),
     ("replica_groups=mesh['a'=2,'b'=2,'c'=2], device_ids=([8]) {'a','c'}", 4, 6),  # {0,1,4,5}
+    ("replica_groups=mesh['a'=8] {'a':(1)4}, to_apply=%add", 4, 7),  # {0,2,4,6}
+    ("replica_groups=mesh['a'=8] {'a':(2)4}", 4, 4),
+    ("replica_groups=mesh['a'=8] {'a':(2)2}", 2, 3),  # {0,2}
+    # Device 4 i + 2 j + k stands in row (k, j) and column i.
+    ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,2,2]T(2,1,0)) {'a':(2)2}", 2, 3),
+    ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,2,2]T(2,1,0)) {'a':(1)2,'b'}", 4, 6),
   ],
 )
 def test_who_talks_to_whom(groups, devices, span):
@@ -78,7 +84,12 @@ def test_who_talks_to_whom(groups, devices, span):
 
 
 @pytest.mark.parametrize(
-  "groups", ["replica_groups=@groups", "replica_groups=mesh['a'=8] {'a':(1)4}, to_apply=%add"]
+  "groups",
+  [
+    "replica_groups=@groups",
+    "replica_groups=mesh['a'=8] {'b'}",
+    "replica_groups=mesh['a'=8] {'a',a}",
+  ],
 )
 def test_groups_in_words_that_are_not_known_are_refused(groups):
   """They were once taken for all devices, and a link within a node for the network."""
