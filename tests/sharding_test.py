@@ -272,6 +272,20 @@ def test_the_heads_rows_are_shared_by_all_that_hold_them(length, parts):
   assert f"f32[{parts},{2 * length // parts},64] = dot_general" in traced
 
 
+def test_attention_gets_whole_rows():
+  """cuDNN's refuses any others, and the tokens of what comes before and after are split."""
+  c = config(model__embed_dim=16, model__max_length=8).validate()
+  model = assemble_sized(c, 64, 4).model
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  rows = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+  weights = jax.ShapeDtypeStruct(rows.shape, jnp.float32)
+  features = lambda *given: model.features(*given, None)[0]  # noqa: E731
+  with jax.sharding.use_abstract_mesh(MESH):
+    traced = str(jax.make_jaxpr(features)(params, rows, weights))
+  read = PartitionSpec("data", None, "expert", None, "model", None)
+  assert f"spec={read}" in traced
+
+
 _COMPILE = """
 import json, sys, jax
 jax.config.update("jax_num_cpu_devices", 8)

@@ -102,7 +102,6 @@ class ExpertBlocks(nn.Module):
     # Rows stay whole here, whatever is done with their tokens elsewhere.
     qkv_BTESNH = constrain(qkv_BTESNH, "data", None, "expert", None, "model", None)
     mixed_EBTNH, cache = self._mix(qkv_BTESNH, bias_ESNH, position_BT, cache)
-    mixed_EBTNH = constrain(mixed_EBTNH, "expert", "data", None, "model", None)
     out_EXD = self.param(
       "out_kernel",
       named(fan_in_normal(N * H, self._residual_gain), "expert", "heads", "embed"),
