@@ -13,6 +13,7 @@ from absl import flags
 
 from hgnn_moe_jax import cli, sweep
 from hgnn_moe_jax.config import Config
+from hgnn_moe_jax.training.optimizer import learning_rate_schedule
 
 
 def problem(module: str, arguments: list[str]) -> str:
@@ -39,6 +40,8 @@ def problem(module: str, arguments: list[str]) -> str:
       if not isinstance(config, Config):
         return "no such config file"
       config.validate()
+      if config.training.steps:
+        learning_rate_schedule(config.training, config.training.steps)
       if "grid" in flags.FLAGS:
         sweep.parse_grid(flags.FLAGS["grid"].value, config)
   except Exception as error:  # Any of them would stop the command.

@@ -51,9 +51,12 @@ def _slug(title: str) -> str:
 
 
 def commands(page: pathlib.Path) -> list[str]:
-  """Every `python -m ...` of the page in one line each, in blocks of code and within sentences."""
+  """Every `python -m ...` of the page in one line each, in blocks of code and within sentences.
+
+  Without the variables before it.
+  """
   text = re.sub(r"\\\n\s*", "", page.read_text())
-  in_blocks = re.findall(r"^\s*(python -m .+)$", text, re.MULTILINE)
+  in_blocks = re.findall(r"^\s*(?:\w+=\S+ )*(python -m .+)$", text, re.MULTILINE)
   inline = re.findall(r"`(python -m [^`]+)`", text.replace("\n", " "))
   return [re.sub(r"\s+#.*", "", command).strip() for command in [*in_blocks, *inline]]
 
@@ -148,6 +151,7 @@ WRONG = [
   f"{_QUICKSTART} --workdirs=runs/first",
   f"{_QUICKSTART} --config.model.num_headz=3",
   f"{_QUICKSTART} --config.model.num_heads=3",
+  f"{_QUICKSTART} --config.training.steps=5",
   f"{_QUICKSTART} runs/first",
   "python -m hgnn_moe_jax.sweep --config=configs/quickstart.py --grid=model.num_headz=1,2",
   "python -m hgnn_moe_jax.analysis.compare runs/a runs/b --baselines=none",
