@@ -36,7 +36,6 @@ def by_token(x_EBTD: jax.Array) -> jax.Array:
   Rows are split over data and each row's tokens over expert and model, as far as that divides them:
   where mesh.expert does not, x stays as it is.
   """
-  # One after the other: at once, the partitioner brings whole arrays together.
   for axes in _token_axes(x_EBTD.shape[2]):
     x_EBTD = constrain(x_EBTD, None, "data", axes, None)
   return x_EBTD
@@ -71,6 +70,7 @@ def token_axes(num_rows: int, length: int) -> tuple[str, tuple[str, ...]] | None
 
 
 def _token_axes(length: int) -> list[tuple[str, ...]]:
+  """What a row's tokens are split over, step by step: at once, the partitioner gathers arrays."""
   return [axes for axes in (("expert",), ("expert", "model")) if length % shards(*axes) == 0]
 
 

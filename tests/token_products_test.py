@@ -100,7 +100,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(token_kernels, name, kernel)
 
 
-@pytest.mark.parametrize("E", [1, 3])
+@pytest.mark.parametrize("E", [1, 3, 8])
 def test_kernels_give_the_same(E, request):
   shape = (E, 2, 6, 64)
   operator, pairs = _normal(0, E, E, 2, 6), _normal(1, E, E, 2, 6)

@@ -27,8 +27,8 @@ def causal_attention(q_BTGH: jax.Array, k_BTGH: jax.Array, v_BTGH: jax.Array) ->
     [B, T, G, H] in the inputs' dtype.
   """
   length, head_dim = q_BTGH.shape[1], q_BTGH.shape[3]
-  even = head_dim <= 128 and head_dim % 8 == 0 and length % 2 == 0
-  if even and q_BTGH.dtype == jnp.bfloat16 and device.has_ampere_kernels():
+  fits = head_dim <= 128 and head_dim % 8 == 0 and length % 2 == 0
+  if fits and q_BTGH.dtype == jnp.bfloat16 and device.has_ampere_kernels():
     return jax.nn.dot_product_attention(
       q_BTGH, k_BTGH, v_BTGH, is_causal=True, implementation="cudnn"
     )

@@ -99,7 +99,7 @@ class ExpertBlocks(nn.Module):
     kernel_DESNH = jnp.einsum("EDSNH->DESNH", kernel)
     B, T = x_BTD.shape[:2]
     qkv_BTESNH = project_all(normalize(x_BTD).astype(self.dtype), kernel_DESNH)
-    # Rows stay whole here, whatever is done with their tokens elsewhere.
+    # cuDNN's attention takes whole rows only, and tokens are split before this and behind it.
     qkv_BTESNH = constrain(qkv_BTESNH, "data", None, "expert", None, "model", None)
     mixed_EBTNH, cache = self._mix(qkv_BTESNH, bias_ESNH, position_BT, cache)
     out_EXD = self.param(

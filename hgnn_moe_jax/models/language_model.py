@@ -191,6 +191,7 @@ class Network(nn.Module):
     x_BTD = constrain(table_VD[inputs_BT], "data", None, None)
     if c.positions == "learned":
       shape = (c.max_length, c.embed_dim)
+      # Few numbers, which each device wants whole.
       position_TD = self.param("positions", named(initializer, None, None), shape)
       first = position_TD[None, : inputs_BT.shape[1]]
       x_BTD = x_BTD + (first if start_B is None else position_TD[position_BT])

@@ -76,7 +76,6 @@ def test_what_did_not_happen_is_no(pair):
 def config(tiny_config):
   return tiny_config(
     **{
-      "model.num_layers": 1,
       "training.steps": 24,
       # Masks of their own would make even exact copies of one expert look different.
       "model.dropout": 0.0,
@@ -127,7 +126,7 @@ def test_a_drill_that_cannot_be(config, tmp_path, arms, fault_step, message):
 
 def test_the_command(config, config_file, command, tmp_path, shared_programs, drawn):
   """A table on the terminal; the same, its numbers and a figure in the folder."""
-  folder = tmp_path / "drill"
+  folder, config.model.num_layers = tmp_path / "drill", 1
   options = [f"--workdir={folder}", "--arms=feedback", "--fault_step=12", "--healthy_steps=3"]
   done = command(collapse_drill.main, config_file(config), *options)
   assert done.status == 0, done.err
