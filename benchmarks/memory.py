@@ -2,9 +2,11 @@
 
 python -m benchmarks.memory --config=configs/adaptive.py --vocab_size=50257 --target=A100
 python -m benchmarks.memory --config=configs/original.py --sweep=training.accumulation=1,4
+python -m benchmarks.memory --config=configs/original.py --without
 
 Compiles the step ahead of time for one GPU of this kind (see `gpu_target`), whatever `mesh` the
-config has, and runs nothing. `XLA_FLAGS` counts, as in a run.
+config has, and runs nothing. `XLA_FLAGS` counts, as in a run. With `--without` the step of the same
+model follows that neither measures nor penalises the experts' overlap (see `overhead`).
 """
 
 import pathlib
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from benchmarks import gpu_target
+from benchmarks import gpu_target, overhead
 from hgnn_moe_jax import cli, device
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.data.examples import Batch
@@ -23,25 +25,32 @@ from hgnn_moe_jax.training.assembly import assemble_sized
 from hgnn_moe_jax.training.records import environment, write_json
 
 
-def measure(config: Config, vocab_size: int, target: str) -> dict[str, Any]:
-  """Bytes of the state (parameters, moments, controller) and of what a step needs besides."""
+def measure(config: Config, vocab_size: int, target: str, without: bool = False) -> dict[str, Any]:
+  """Bytes of the state (parameters, moments, controller) and of what a step needs besides.
+
+  Args:
+    config: of the run.
+    vocab_size: V.
+    target: of `gpu_target.TARGETS`.
+    without: the experts' overlap is neither measured nor penalised.
+  """
   rows = (config.training.batch_size, config.model.max_length)
   with gpu_target.pretend(target, 1):
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    a = assemble_sized(config, vocab_size, 1000)
+    parameters = assemble_sized(config, vocab_size, 1000).parameters
+    make = overhead.step_without if without else overhead.step_with
+    step, init = make(config, vocab_size)
     shapes = (
-      a.abstract_state,
+      jax.eval_shape(init),
       Batch(*(jax.ShapeDtypeStruct(rows, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32))),
     )
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes)
-    lowered = (
-      jax.jit(a.train_step, donate_argnums=0).trace(*placed).lower(lowering_platforms=("cuda",))
-    )
+    lowered = jax.jit(step, donate_argnums=0).trace(*placed).lower(lowering_platforms=("cuda",))
     options = {**device.compiler_options(), **gpu_target.COMPILER_OPTIONS}
     memory: Any = lowered.compile(compiler_options=options).memory_analysis()
   return {
     "target": target,
-    "parameters": a.parameters,
+    "parameters": parameters,
     "state_bytes": int(memory.argument_size_in_bytes),
     "temporary_bytes": int(memory.temp_size_in_bytes),
   }
@@ -70,6 +79,7 @@ def main() -> None:
   sweep = flags.DEFINE_multi_string(
     "sweep", [], "FIELD=VALUE,VALUE,...: one plan each. Several: all combinations."
   )
+  without = flags.DEFINE_bool("without", False, "Also the step without overlaps and penalties.")
   out = flags.DEFINE_string("out", None, "JSON file for the result.")
 
   def run(argv: list[str]) -> None:
@@ -80,9 +90,11 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     for cell in parse_grid(sweep.value, base):
       config = with_fields(base, cell.values).validate()
-      named = {"config": base.name, "sweep": cell.name if cell.values else ""}
-      results.append({**named, **measure(config, vocab_size.value, target.value)})
-      print(table(results[-1:]).splitlines()[-1], flush=True)
+      for plain in (False, True) if without.value else (False,):
+        words = [cell.name] * bool(cell.values) + ["without"] * plain
+        named = {"config": base.name, "sweep": ",".join(words)}
+        results.append({**named, **measure(config, vocab_size.value, target.value, plain)})
+        print(table(results[-1:]).splitlines()[-1], flush=True)
     print(table(results))
     if out.value:
       write_json(pathlib.Path(out.value), {**environment(), "measurements": results})

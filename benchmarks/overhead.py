@@ -44,14 +44,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 Step = Callable[[Any, Batch], tuple[Any, Any]]
+Init = Callable[[], Any]
 
 
-def step_without(config: Config, vocab_size: int) -> tuple[Step, Any]:
-  """A step that knows cross-entropy only, and its state: (params, opt_state)."""
+def step_without(config: Config, vocab_size: int) -> tuple[Step, Init]:
+  """A step that knows cross-entropy only, and what makes its state: (params, opt_state, key)."""
   model = language_model.build(config.model, vocab_size, measure=lambda updates, weights: ())
-  params = jax.jit(model.init)(jax.random.key(0))
+  shapes = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
   learning_rate = optimizers.learning_rate_schedule(config.training, 1000)
-  optimizer = optimizers.build(config.training, learning_rate, params)
+  optimizer = optimizers.build(config.training, learning_rate, shapes)
+
+  @jax.jit
+  def init():
+    params = model.init(jax.random.key(0))
+    return params, optimizer.init(params), jax.random.key(1)
 
   def loss(params, batch, key):
     x_BTD, _ = model.features(params, batch.inputs_BT, batch.weights_BT, key)
@@ -65,13 +71,13 @@ def step_without(config: Config, vocab_size: int) -> tuple[Step, Any]:
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state, key), (value, optax.tree.norm(grads))
 
-  return step, (params, jax.jit(optimizer.init)(params), jax.random.key(1))
+  return step, init
 
 
-def step_with(config: Config, vocab_size: int) -> tuple[Step, Any]:
-  """The training step of a run of this config, and its state."""
+def step_with(config: Config, vocab_size: int) -> tuple[Step, Init]:
+  """The training step of a run of this config, and what makes its state."""
   a = assemble_sized(config, vocab_size, 1000)
-  return a.train_step, a.init_state(config.seed)
+  return a.train_step, lambda: a.init_state(config.seed)
 
 
 def random_batch(config: Config, vocab_size: int) -> Batch:
@@ -101,7 +107,8 @@ def measure(
     changed = with_fields(config, VARIANTS[name]).validate()
     makers[name] = step_with(changed, vocab_size)
   compiled, states = {}, {}
-  for name, (step, state) in makers.items():
+  for name, (step, init) in makers.items():
+    state = init()
     jitted = jax.jit(step, donate_argnums=0, compiler_options=device.compiler_options())
     compiled[name] = jitted.lower(state, batch).compile()
     states[name], _ = jax.block_until_ready(compiled[name](state, batch))  # Not timed.

@@ -96,7 +96,8 @@ def products(a_EBTD: jax.Array, b_EBTD: jax.Array) -> jax.Array:
   if not _few(a_EBTD.shape[0]):
     return _einsum("iBTD,jBTD->ijBT", a_EBTD, b_EBTD, preferred_element_type=jnp.float32)
   experts = range(a_EBTD.shape[0])
-  return jnp.stack([jnp.stack([_dot(a_EBTD[i], b_EBTD[j]) for j in experts]) for i in experts])
+  rows = [[_dot(a_EBTD, i, b_EBTD, j) for j in experts] for i in experts]
+  return jnp.stack([jnp.concatenate(row) for row in rows])
 
 
 @jax.custom_vjp
@@ -114,8 +115,9 @@ def gram(a_EBTD: jax.Array, share_BT: jax.Array) -> jax.Array:
   if not _few(a_EBTD.shape[0]):
     return products(centred_EBTD, centred_EBTD)
   experts = range(a_EBTD.shape[0])
-  half = {(i, j): _dot(centred_EBTD[i], centred_EBTD[j]) for i in experts for j in range(i + 1)}
-  return jnp.stack([jnp.stack([half[max(i, j), min(i, j)] for j in experts]) for i in experts])
+  half = {(i, j): _dot(centred_EBTD, i, centred_EBTD, j) for i in experts for j in range(i + 1)}
+  rows = [[half[max(i, j), min(i, j)] for j in experts] for i in experts]
+  return jnp.stack([jnp.concatenate(row) for row in rows])
 
 
 def share_mean(a_EBTD: jax.Array, share_BT: jax.Array) -> jax.Array:
@@ -140,8 +142,10 @@ def matrix_gram(w_LEDK: jax.Array) -> jax.Array:
   return _einsum("...edk,...fdk->...ef", w_LEDK, w_LEDK, preferred_element_type=jnp.float32)
 
 
-def _dot(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
-  return jnp.sum(x_BTD.astype(jnp.float32) * y_BTD.astype(jnp.float32), axis=-1)
+def _dot(a_EBTD: jax.Array, i: int, b_EBTD: jax.Array, j: int) -> jax.Array:
+  """<a_i, b_j>: [1, B, T] float32. Slices keep their axis: XLA copied some twice where not."""
+  a_1BTD, b_1BTD = a_EBTD[i : i + 1], b_EBTD[j : j + 1]
+  return jnp.sum(a_1BTD.astype(jnp.float32) * b_1BTD.astype(jnp.float32), axis=-1)
 
 
 def _kept(products: jax.Array) -> jax.Array:

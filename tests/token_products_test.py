@@ -147,6 +147,15 @@ def test_who_uses_kernels_on_a_mesh(rows, length, mesh, tokens, monkeypatch):
   assert "pallas_call" not in matrices
 
 
+@pytest.mark.parametrize("product", [token_products.products, token_products.gram])
+def test_an_expert_is_sliced_once(product):
+  """Slices without their axis would be other arrays than those that keep it, and made beside."""
+  a = jax.ShapeDtypeStruct((3, 2, 4, 8), jnp.float32)
+  second = a if product is token_products.products else jax.ShapeDtypeStruct((2, 4), jnp.float32)
+  primitives = {e.primitive.name for e in jax.make_jaxpr(product.__wrapped__)(a, second).eqns}
+  assert "slice" in primitives and not {"squeeze", "reshape"} & primitives
+
+
 @pytest.mark.parametrize("E", [3, 9])
 def test_low_precision(E):
   operator, a = jnp.ones((E, E, B, T), jnp.bfloat16), jnp.ones((E, B, T, 300), jnp.bfloat16)

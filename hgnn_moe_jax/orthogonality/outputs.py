@@ -71,8 +71,7 @@ def update_overlap(
   shares_BT = weights_BT / jnp.maximum(jnp.sum(weights_BT), 1.0)
   # Masked tokens stay in: every sum over tokens below is weighted, with 0 for them.
   products_EEBT = token_products.gram(updates_EBTD, shares_BT)
-  each_E = jnp.arange(products_EEBT.shape[0])
-  squared_norm_EBT = products_EEBT[each_E, each_E]
+  squared_norm_EBT = jnp.einsum("eebt->ebt", products_EEBT)
   inverse_EBT = gram.inverse_norm(squared_norm_EBT)
   cosine_EEBT = products_EEBT * inverse_EBT[:, None] * inverse_EBT[None]
   squared_scale_E = gram.contract("ebt,bt->e", squared_norm_EBT, shares_BT)

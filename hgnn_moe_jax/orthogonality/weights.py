@@ -176,7 +176,8 @@ def _cosines(w_LEDK: jax.Array) -> jax.Array:
 
 
 def _cosines_by_role(roles: Mapping[str, jax.Array]) -> jax.Array:
-  return jnp.stack([_cosines(w_LEDK) for w_LEDK in roles.values()])
+  products_PLEE = [token_products.matrix_gram(w_LEDK) for w_LEDK in roles.values()]
+  return gram.normalize(jnp.stack(products_PLEE))
 
 
 def _specialization(cosines_PLEE: jax.Array) -> jax.Array:

@@ -112,7 +112,7 @@ def make_train_step(
     )
     loss = term.lm_loss
     if penalise_outputs:
-      loss = loss + jnp.sum(strengths.output_L * term.output_penalty_L)
+      loss = loss + jnp.sum(_after(loss, strengths.output_L) * term.output_penalty_L)
     if balance_strength:
       loss = loss + balance_strength * jnp.sum(term.balance_L)
     return loss, term
@@ -160,7 +160,8 @@ def make_train_step(
     key = jax.random.fold_in(state.key, state.step) if config.model.dropout else None
     grads, data = data_gradient(state.params, batch, strengths, key)
     if penalise_weights:
-      weight_grads, weight = jax.grad(weight_loss, has_aux=True)(state.params, strengths)
+      waiting = strengths._replace(weight_L=_after(grads["embedding"], strengths.weight_L))
+      weight_grads, weight = jax.grad(weight_loss, has_aux=True)(state.params, waiting)
       grads = jax.tree.map(jnp.add, grads, weight_grads)
     else:
       _, weight = weight_loss(state.params, strengths)
@@ -215,6 +216,16 @@ def make_train_step(
     return new_state, record
 
   return train_step
+
+
+def _after(first: jax.Array, strength_L: jax.Array) -> jax.Array:
+  """The strength, from which nothing can be made before the first is there.
+
+  A penalty's gradient waits for little, and XLA for GPUs makes it at once and keeps it: that of the
+  weights, as large as all experts, from the start of a step to its end. The last gradient that the
+  rest of the loss gives is the embedding's.
+  """
+  return jax.lax.optimization_barrier(jax.lax.stop_gradient((first, strength_L)))[1]
 
 
 def _by_pair(overlap_LEE: jax.Array, pairs_LEE: jax.Array | None) -> jax.Array:

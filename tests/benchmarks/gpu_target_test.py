@@ -94,6 +94,17 @@ def test_what_a_config_needs(measured):
   assert rounds["temporary_bytes"] < plain["temporary_bytes"]
 
 
+def test_penalties_do_not_keep_their_gradients(measured):
+  """Those of the weights are as large as all experts."""
+  config = ["--config=configs/quickstart.py", "--config.model.num_layers=6", "--vocab_size=300"]
+  config += ["--config.model.embed_dim=256", "--config.training.batch_size=2"]
+  strengths = [f"--config.orthogonality.{name}_strength=0.1" for name in ("weight", "output")]
+  both, plain = measured("benchmarks.memory", *config, *strengths, "--target=H100", "--without")
+  assert (both["sweep"], plain["sweep"]) == ("", "without")
+  experts = 4 * 6 * 4 * 12 * 256**2
+  assert both["temporary_bytes"] - plain["temporary_bytes"] < 0.1 * experts
+
+
 def test_the_table_of_memory():
   one = {"target": "A100", "parameters": 39_457_928, "state_bytes": 0.5e9, "temporary_bytes": 3.5e9}
   *_, row = memory.table([{"config": "mine", "sweep": "accumulation=4", **one}]).splitlines()

@@ -233,6 +233,33 @@ def test_a_round_without_tokens_has_nothing_to_say(without_penalties, four):
   assert np.all(np.isfinite(nothing.effective_experts)) and float(nothing.lm_loss) == 0.0
 
 
+@pytest.mark.parametrize(
+  ("weight_strength", "output_strength"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1), (0.1, 0.1)]
+)
+def test_penalties_wait(weight_strength, output_strength, plain_step):
+  """Their gradients for the rest: of the outputs for the loss, of the weights for all others."""
+  pieces = plain_step(
+    **{
+      "orthogonality.weight_strength": weight_strength,
+      "orthogonality.output_strength": output_strength,
+    }
+  )
+  (call,) = jax.make_jaxpr(pieces.step)(pieces.state, batch_of(8)).eqns
+  eqns = call.params["jaxpr"].eqns
+  barriers = [e for e in eqns if e.primitive.name == "optimization_barrier"]
+  waited_for = [e.outvars[0].aval.shape for e in barriers]
+  embedding = pieces.state.params["embedding"].shape
+  assert waited_for == [()] * (output_strength > 0) + [embedding] * (weight_strength > 0)
+  made_by = {v: e for e in eqns for v in e.outvars}
+  used = {v for e in eqns for v in e.invars if not hasattr(v, "val")}
+  for barrier in barriers:
+    _, strength = barrier.outvars
+    assert strength.aval.shape == (2,) and strength in used
+  if weight_strength:
+    (gradient,) = made_by[barriers[-1].invars[0]].invars  # of the stopped gradient
+    assert made_by[gradient].primitive.name in ("add_any", "scatter-add"), "not the whole one"
+
+
 def test_own_code_promotes_no_dtype_and_no_rank(plain_step):
   """Optax needs implicit promotion; nothing else does."""
   pieces = plain_step(**{"training.accumulation": 2})
