@@ -95,9 +95,9 @@ def products(a_EBTD: jax.Array, b_EBTD: jax.Array) -> jax.Array:
     return _by_kernel(token_kernels.products, "EBTD,EBTD->EEBT", a_EBTD, b_EBTD)
   if not _few(a_EBTD.shape[0]):
     return _einsum("iBTD,jBTD->ijBT", a_EBTD, b_EBTD, preferred_element_type=jnp.float32)
+  a_END, b_END = _flat(a_EBTD), _flat(b_EBTD)
   experts = range(a_EBTD.shape[0])
-  rows = [[_dot(a_EBTD, i, b_EBTD, j) for j in experts] for i in experts]
-  return jnp.stack([jnp.concatenate(row) for row in rows])
+  return _matrix([_dot(a_END[i], b_END[j]) for i in experts for j in experts], a_EBTD.shape)
 
 
 @jax.custom_vjp
@@ -114,10 +114,10 @@ def gram(a_EBTD: jax.Array, share_BT: jax.Array) -> jax.Array:
   centred_EBTD = _centred(a_EBTD, mean_ED)
   if not _few(a_EBTD.shape[0]):
     return products(centred_EBTD, centred_EBTD)
+  centred_END = _flat(centred_EBTD)
   experts = range(a_EBTD.shape[0])
-  half = {(i, j): _dot(centred_EBTD, i, centred_EBTD, j) for i in experts for j in range(i + 1)}
-  rows = [[half[max(i, j), min(i, j)] for j in experts] for i in experts]
-  return jnp.stack([jnp.concatenate(row) for row in rows])
+  half = {(i, j): _dot(centred_END[i], centred_END[j]) for i in experts for j in range(i + 1)}
+  return _matrix([half[max(i, j), min(i, j)] for i in experts for j in experts], a_EBTD.shape)
 
 
 def share_mean(a_EBTD: jax.Array, share_BT: jax.Array) -> jax.Array:
@@ -142,10 +142,20 @@ def matrix_gram(w_LEDK: jax.Array) -> jax.Array:
   return _einsum("...edk,...fdk->...ef", w_LEDK, w_LEDK, preferred_element_type=jnp.float32)
 
 
-def _dot(a_EBTD: jax.Array, i: int, b_EBTD: jax.Array, j: int) -> jax.Array:
-  """<a_i, b_j>: [1, B, T] float32. Slices keep their axis: XLA copied some twice where not."""
-  a_1BTD, b_1BTD = a_EBTD[i : i + 1], b_EBTD[j : j + 1]
-  return jnp.sum(a_1BTD.astype(jnp.float32) * b_1BTD.astype(jnp.float32), axis=-1)
+def _flat(a_EBTD: jax.Array) -> jax.Array:
+  E, _, _, D = a_EBTD.shape
+  return a_EBTD.reshape(E, -1, D)
+
+
+def _dot(x_ND: jax.Array, y_ND: jax.Array) -> jax.Array:
+  return jnp.sum(x_ND.astype(jnp.float32) * y_ND.astype(jnp.float32), axis=-1)
+
+
+def _matrix(products_of_N: list[jax.Array], shape_EBTD: tuple[int, ...]) -> jax.Array:
+  """[E, E, B, T], from E^2 rows of tokens in one row: stacked axis by axis, XLA for CPUs would give
+  some of the experts' vectors a leading axis, and write these down a second time."""
+  E, B, T, _ = shape_EBTD
+  return jnp.concatenate(products_of_N).reshape(E, E, B, T)
 
 
 def _kept(products: jax.Array) -> jax.Array:

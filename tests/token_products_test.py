@@ -148,12 +148,13 @@ def test_who_uses_kernels_on_a_mesh(rows, length, mesh, tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("product", [token_products.products, token_products.gram])
-def test_an_expert_is_sliced_once(product):
-  """Slices without their axis would be other arrays than those that keep it, and made beside."""
+def test_products_are_put_together_at_once(product):
+  """Rows of tokens in one row: XLA for CPUs makes some slices twice if they get axes first."""
   a = jax.ShapeDtypeStruct((3, 2, 4, 8), jnp.float32)
   second = a if product is token_products.products else jax.ShapeDtypeStruct((2, 4), jnp.float32)
-  primitives = {e.primitive.name for e in jax.make_jaxpr(product.__wrapped__)(a, second).eqns}
-  assert "slice" in primitives and not {"squeeze", "reshape"} & primitives
+  eqns = jax.make_jaxpr(product.__wrapped__)(a, second).eqns
+  (put_together,) = (e for e in eqns if e.primitive.name == "concatenate")
+  assert [v.aval.shape for v in put_together.invars] == [(8,)] * 9
 
 
 @pytest.mark.parametrize("E", [3, 9])
