@@ -89,6 +89,25 @@ def test_a_benchmarks_table_is_the_measured_one(name, benchmark, where):
   assert benchmark.table(result["measurements"]) in page(where)
 
 
+def test_what_penalties_keep_is_the_planned():
+  result = json.loads((ROOT / "benchmarks" / "results" / "memory_h200.json").read_text())
+  every = {"before": result["before"]["measurements"], "": result["measurements"]}
+  planned = {
+    (m["config"], m["sweep"] or when): m["temporary_bytes"]
+    for when, found in every.items()
+    for m in found
+  }
+  names = "|".join({config for config, _ in planned})
+  table = [row for row in rows(page("performance.md"), names) if len(row) == 4]
+  assert len(table) == 4
+  for config, without, before, now in table:
+    plain = planned[config, "without"]
+    assert without == f"{plain / 1e6:,.0f}"
+    for told, when in ((before, "before"), (now, "")):
+      megabytes = planned[config, when] / 1e6
+      assert told == f"{megabytes:,.0f}, {1e6 * megabytes / plain - 1:+.1%}"
+
+
 def test_what_was_done_about_the_traffic_is_the_measured():
   found = {}
   for name in ("scaling_before", "scaling"):
