@@ -101,6 +101,7 @@ def test_penalties_do_not_keep_their_gradients(measured):
   strengths = [f"--config.orthogonality.{name}_strength=0.1" for name in ("weight", "output")]
   both, plain = measured("benchmarks.memory", *config, *strengths, "--target=H100", "--without")
   assert (both["sweep"], plain["sweep"]) == ("", "without")
+  assert plain["state_bytes"] < both["state_bytes"], "no controller"
   experts = 4 * 6 * 4 * 12 * 256**2
   assert both["temporary_bytes"] - plain["temporary_bytes"] < 0.1 * experts
 
