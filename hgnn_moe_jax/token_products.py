@@ -151,11 +151,14 @@ def _dot(x_ND: jax.Array, y_ND: jax.Array) -> jax.Array:
   return jnp.sum(x_ND.astype(jnp.float32) * y_ND.astype(jnp.float32), axis=-1)
 
 
-def _matrix(products_of_N: list[jax.Array], shape_EBTD: tuple[int, ...]) -> jax.Array:
-  """[E, E, B, T], from E^2 rows of tokens in one row: stacked axis by axis, XLA for CPUs would give
-  some of the experts' vectors a leading axis, and write these down a second time."""
+def _matrix(pairs_N: list[jax.Array], shape_EBTD: tuple[int, ...]) -> jax.Array:
+  """[E, E, B, T] of E^2 pairs' products.
+
+  In one row first: stacked axis by axis, XLA for CPUs would give some of the experts' vectors a
+  leading axis, and write these down a second time.
+  """
   E, B, T, _ = shape_EBTD
-  return jnp.concatenate(products_of_N).reshape(E, E, B, T)
+  return jnp.concatenate(pairs_N).reshape(E, E, B, T)
 
 
 def _kept(products: jax.Array) -> jax.Array:

@@ -104,8 +104,8 @@ def test_what_penalties_keep_is_the_planned():
     plain = planned[config, "without"]
     assert without == f"{plain / 1e6:,.0f}"
     for told, when in ((before, "before"), (now, "")):
-      megabytes = planned[config, when] / 1e6
-      assert told == f"{megabytes:,.0f}, {1e6 * megabytes / plain - 1:+.1%}"
+      needed = planned[config, when]
+      assert told == f"{needed / 1e6:,.0f}, {needed / plain - 1:+.1%}"
 
 
 def test_what_was_done_about_the_traffic_is_the_measured():
