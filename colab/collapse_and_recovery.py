@@ -126,7 +126,7 @@ for arm, changes in collapse_drill.ARMS.items():
 # again what is finished.
 
 # %%
-folder = FOLDER / f"collapse_drill-{STEPS}-steps"
+folder = FOLDER / f"collapse_drill-{STEPS}-steps-seed-{config.seed}"
 fault_step = config.training.steps // 2
 outcomes = []
 for arm in ARMS:

@@ -13,6 +13,9 @@ from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.data.cache import cache_root
 from hgnn_moe_jax.errors import UserError
 
+# What ml_collections says, before the traceback, of a config file that raises TypeError.
+_CONFIG_TRACE = "Error whilst parsing config file:"
+
 
 def start(run: Callable[[list[str]], Any]) -> None:
   """Parses the flags and calls `run(argv)`.
@@ -77,8 +80,12 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:  # These name their flag.
-    raise UserError(str(error)) from None
-  except (KeyError, AttributeError, SyntaxError, ImportError) as error:
-    reason = error.args[0] if isinstance(error, KeyError) else error
+    flag, _, trace = str(error).partition(_CONFIG_TRACE)
+    raise UserError(flag + trace.strip().rpartition("\n")[2]) from None
+  except UserError:
+    raise
+  except Exception as error:  # A config file is a program: it can raise anything.
+    reason = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    reason = reason or type(error).__name__
     given = " ".join(a for a in argv[1:] if a.startswith("--config"))
     raise UserError(f"{given}: {reason}; the fields are in hgnn_moe_jax/config.py") from None

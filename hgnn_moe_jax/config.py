@@ -118,7 +118,7 @@ class OrthogonalityConfig:
   subspace_rank: int = 8  # R of the spectral form
   output_strength: float = 0.0
   output_form: str = "cosine"  # cosine (token by token) or covariance (variance-guarded)
-  warmup_steps: int = 0  # strengths rise linearly from 0 over so many steps
+  warmup_steps: int = 0  # strengths rise linearly from 0, a controller's from its minimum
 
 
 @dataclasses.dataclass(unsafe_hash=True, slots=True)

@@ -38,12 +38,13 @@ def load(field: str, path: str) -> Callable[..., Any]:
   """
   module, _, name = path.partition(":")
   try:
-    found = getattr(importlib.import_module(module), name)
+    imported = importlib.import_module(module)
   except (ImportError, ValueError) as error:
     cure = f"{error}; run where Python finds the module, or install it"
     raise ConfigError(field, path, cure) from error
-  except AttributeError:
-    raise ConfigError(field, path, f"{module} has no {name or 'empty name'}") from None
+  found = getattr(imported, name, None)
+  if found is None:
+    raise ConfigError(field, path, f"{module} has no {name or 'empty name'}")
   if not callable(found):
     raise ConfigError(field, path, f"not callable; give {FIELDS[field]}")
   return found

@@ -25,6 +25,7 @@ from hgnn_moe_jax.trained import Trained
 
 # The shortest cache and the shortest prompt that are compiled for; longer ones double it.
 _SHORTEST = 16
+_TAIL = 16  # Tokens that are decoded together.
 # What tokenizers decode bytes to that are no characters, such as the first half of one.
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
@@ -156,7 +157,8 @@ class _Row:
     self._tokenizer, self._number, self._on_text = tokenizer, number, on_text
     self._prompt, self._stop = prompt, stop
     self.context, self.ended = context, ""
-    self._before = context[-1:]
+    # Text that nothing can change any more, the token before the others, and these.
+    self._settled, self._before, self._tail = "", context[-1:], list[int]()
     self._tokens: list[int] = []
     self._leaders: list[int] = []
     self._told = ""
@@ -171,11 +173,13 @@ class _Row:
       return
     self._tokens.append(token)
     self._leaders.append(leader)
+    if token != self._tokenizer.end_of_text:
+      self._tail.append(token)
     text = self._text()
     if stops := [at for s in self._stop if (at := text.find(s)) >= 0]:
       self.ended, text = "stop", text[: min(stops)]
     elif token == self._tokenizer.end_of_text:
-      self.ended = "end of text"
+      self.ended, text = "end of text", text.rstrip(_BROKEN)
     else:
       text = text[: len(text) - _uncertain(text, self._stop)]
     self._tell(text, leader)
@@ -192,10 +196,16 @@ class _Row:
     self._told = text
 
   def _text(self) -> str:
-    """Of the generated tokens. Decoded after what precedes: some tokenizers drop a first space."""
-    ids = [t for t in self._tokens if t != self._tokenizer.end_of_text]
+    """Of the generated tokens, of which the last few are decoded again each time.
+
+    After what precedes: some tokenizers drop a first space.
+    """
     before = self._tokenizer.decode(self._before)
-    return self._tokenizer.decode(self._before + ids)[len(before) :]
+    text = self._tokenizer.decode(self._before + self._tail)[len(before) :]
+    whole = self._settled + text
+    if len(self._tail) >= _TAIL and not text.endswith(_BROKEN):
+      self._settled, self._before, self._tail = whole, self._tail[-1:], []
+    return whole
 
 
 def _uncertain(text: str, stop: tuple[str, ...]) -> int:
@@ -329,7 +339,8 @@ def choose(
   kept_V = (rank_V < top_k) | (top_k == 0)
   share_V = jax.nn.softmax(jnp.where(kept_V, sorted_V, -jnp.inf))
   # What lies before a token decides: the first token that reaches p is kept, the first always.
-  kept_V &= (jnp.cumsum(share_V) - share_V < top_p) | (rank_V == 0)
+  # The sum of all may be above 1 by rounding.
+  kept_V &= (jnp.cumsum(share_V) - share_V < top_p) | (rank_V == 0) | (top_p >= 1.0)
   drawn = jax.random.categorical(key, jnp.where(kept_V, sorted_V, -jnp.inf))
   return order_V[jnp.where(temperature > 0.0, drawn, 0)].astype(jnp.int32)
 
@@ -364,6 +375,7 @@ def _start(
   seen_BV = np.zeros((len(rows), trained.tokenizer.vocab_size), bool)
   for seen_V, row in zip(seen_BV, rows, strict=True):
     seen_V[row.context] = True
+  seen_BV[:, trained.tokenizer.end_of_text] = False  # It stands before the prompt, not in it.
   return _State(
     **_read_windows(trained, programs, rows, slots),
     seen_BV=jnp.asarray(seen_BV),

@@ -18,8 +18,14 @@ def prompts(given: Sequence[str], file: str | None) -> list[str]:
   """The prompts of the command line and the lines of a file, in this order.
 
   Raises:
-    UserError: no prompt at all, a file that cannot be read, or an empty line in it.
+    UserError: no prompt at all, one that is no text, a file that cannot be read, or an empty line
+      in it.
   """
+  for text in given:
+    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+      raise UserError(
+        f"--prompt={text!r}: not UTF-8; give text, or write it to a file for --prompts"
+      )
   lines: list[str] = []
   if file is not None:
     try:

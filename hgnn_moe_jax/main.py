@@ -5,6 +5,7 @@ python -m hgnn_moe_jax.main --mode=evaluate --workdir=runs/quickstart --split=te
 python -m hgnn_moe_jax.main --mode=generate --workdir=runs/quickstart --prompt="My fellow citizens"
 """
 
+import itertools
 import pathlib
 
 from absl import flags
@@ -48,8 +49,23 @@ def main() -> None:
   cli.start(_run)
 
 
+# What each mode reads, beside --mode and --workdir. The other flags would do nothing there.
+_READS = {
+  "train": ("config", "distributed", "coordinator", "num_processes", "process_id", "quiet"),
+  "evaluate": ("split", "checkpoint", "stride"),
+  "generate": (
+    *("checkpoint", "prompt", "prompts", "max_tokens", "temperature", "top_k", "top_p"),
+    *("repetition_penalty", "stop", "sample_seed", "colour"),
+  ),
+}
+
+
 def _run(argv: list[str]) -> None:
   cli.refuse_words(argv)
+  for name in itertools.chain(*_READS.values()):
+    if FLAGS[name].present and name not in _READS[FLAGS.mode]:
+      why = "the run's own config counts" if name == "config" else "it does nothing there"
+      raise UserError(f"--{name}: not with --mode={FLAGS.mode}, {why}; leave it out")
   {"train": _train, "evaluate": _evaluate, "generate": _generate}[FLAGS.mode]()
 
 
@@ -69,9 +85,11 @@ def _train() -> None:
 
 
 def _evaluate() -> None:
-  from hgnn_moe_jax.training import evaluate
+  from hgnn_moe_jax.training import evaluate, run_folder
 
-  result = evaluate.evaluate_run(_folder(), FLAGS.split, FLAGS.checkpoint, FLAGS.stride)
+  folder = _folder()
+  cli.keep_compiled(run_folder.read_config(folder)[0])
+  result = evaluate.evaluate_run(folder, FLAGS.split, FLAGS.checkpoint, FLAGS.stride)
   print(report.evaluation(result))
 
 

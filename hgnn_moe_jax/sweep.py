@@ -5,7 +5,8 @@ python -m hgnn_moe_jax.sweep --config=configs/adaptive_output.py --workdir=runs/
 
 Each run is a process of its own, one after the other: `hgnn_moe_jax.main` with the same --config
 flags, in WORKDIR/CELL-SEED. The same command continues a sweep that was stopped: finished runs are
-skipped, others continue. --slurm=FILE writes an array job with those commands instead.
+skipped, others continue; another config in the same folder is refused. --slurm=FILE writes an array
+job with those commands instead.
 """
 
 import itertools
@@ -14,14 +15,26 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
+from ml_collections import config_flags
 
 from hgnn_moe_jax import cli
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.errors import ConfigError, UserError
+from hgnn_moe_jax.training import run_folder
+from hgnn_moe_jax.training.processes import stop_requests
+
+_POLL_SECONDS = 0.2
+# Runs that differ in these cannot be compared by `analysis.compare`: told before they are trained.
+_APART = (
+  *("model.num_layers", "training.steps", "training.epochs", "training.log_every"),
+  *("evaluation.stride", "data.source", "data.path", "data.name", "data.text_field", "data.rows"),
+  *("data.split_seed", "data.tokenizer", "data.vocab_size", "data.protocol"),
+)
 
 
 class Cell(NamedTuple):
@@ -29,6 +42,16 @@ class Cell(NamedTuple):
 
   name: str
   values: dict[str, Any]
+
+
+class Job(NamedTuple):
+  """One run: its cell and seed, the folder, the whole config, and the command's words."""
+
+  cell: Cell
+  seed: int
+  folder: pathlib.Path
+  config: Config
+  words: list[str]
 
 
 def parse_grid(grid: Sequence[str], config: Config) -> list[Cell]:
@@ -63,6 +86,30 @@ def parse_grid(grid: Sequence[str], config: Config) -> list[Cell]:
   return cells
 
 
+def require_comparable(grid: Sequence[str], config: Config) -> None:
+  """Raises UserError if runs of this grid could not be compared in the end.
+
+  Args:
+    grid: as in `parse_grid`, which has read it.
+    config: what the grid does not set.
+  """
+  apart = list(_APART)
+  if config.training.epochs:
+    apart += ["training.batch_size", "model.max_length"]  # They decide how many steps there are.
+  if config.data.protocol == "lines":
+    apart.append("model.max_length")  # Lines are cut there: another text is scored.
+  for text in grid:
+    field, _, values = text.partition("=")
+    if field in ("name", "seed"):
+      cure = "the sweep names its runs" if field == "name" else "use --seeds=N for 0, 1, ... N - 1"
+      raise UserError(f"--grid={text}: not a field of a grid; {cure}")
+    if field in apart and len(_split(values)) > 1:
+      raise UserError(
+        f"--grid={text}: runs that differ in {field} cannot be compared layer by layer and step by "
+        "step; make a sweep for each value"
+      )
+
+
 def _split(values: str) -> list[str]:
   parts, depth = [""], 0
   for character in values:
@@ -90,17 +137,26 @@ def _file_name(name: str) -> str:
   return "".join(c if c.isalnum() or c in "=,.-_" else "_" for c in name)
 
 
-def command(config_flags: Sequence[str], cell: Cell, seed: int, workdir: pathlib.Path) -> list[str]:
-  """The command line of one run, without the interpreter."""
-  return [
-    *("-m", "hgnn_moe_jax.main", *config_flags, f"--config.name={cell.name}"),
-    *(f"--config.{field}={value}" for field, value in cell.values.items()),
-    *(f"--config.seed={seed}", f"--workdir={run_folder(workdir, cell, seed)}", "--quiet"),
-  ]
+def make_jobs(
+  config: Config, cells: Sequence[Cell], seeds: int, folder: pathlib.Path, given: Sequence[str]
+) -> list[Job]:
+  """Every run of a sweep, seeds outermost: a sweep that is cut short compares all cells.
 
-
-def run_folder(workdir: pathlib.Path, cell: Cell, seed: int) -> pathlib.Path:
-  return workdir / f"{cell.name}-{seed}"
+  Args:
+    config: of the --config flag, with its overrides.
+    cells: of `parse_grid`.
+    seeds: 0 ... seeds - 1.
+    folder: of the sweep.
+    given: the flags that made `config`, without seed and name.
+  """
+  jobs = []
+  for seed, cell in itertools.product(range(seeds), cells):
+    run = folder / f"{cell.name}-{seed}"
+    changes = {**cell.values, "name": cell.name, "seed": seed}
+    flag = [f"--config.{field}={value}" for field, value in changes.items()]
+    words = ["-m", "hgnn_moe_jax.main", *given, *flag, f"--workdir={run}", "--quiet"]
+    jobs.append(Job(cell, seed, run, with_fields(config, changes), words))
+  return jobs
 
 
 def slurm_script(commands: Sequence[Sequence[str]], name: str) -> str:
@@ -126,17 +182,22 @@ exit "$status"
 """
 
 
-def _config_flags(words: Sequence[str]) -> list[str]:
-  """Those of the command line that the runs get, too; `--config FILE` may be two words."""
-  found = []
-  for word, after in itertools.pairwise([*words, ""]):
-    if word.startswith("--config"):
-      found.append(word if "=" in word else f"{word}={after}")
-  return found
+def _config_flags() -> list[str]:
+  """The config file and its overrides as the runs get them, however they were written."""
+  flag = flags.FLAGS["config"]
+  overrides = config_flags.get_override_values(flag)
+  return [
+    f"--config={config_flags.get_config_filename(flag)}",
+    *(f"--config.{k}={v}" for k, v in overrides.items() if k not in ("name", "seed")),
+  ]
 
 
-def finished(folder: pathlib.Path) -> bool:
-  return (folder / "summary.json").exists()
+def finished(job: Job) -> bool:
+  """Whether the job's run has ended. Raises UserError if its folder belongs to another run."""
+  if not (job.folder / "summary.json").exists():
+    return False
+  run_folder.require_same(job.folder, job.config)
+  return True
 
 
 def main() -> None:
@@ -155,53 +216,71 @@ def main() -> None:
     cli.refuse_words(argv)
     config = cli.validated(given_config.value)
     cells = parse_grid(grid.value, config)
+    require_comparable(grid.value, config)
     names = [cell.name for cell in cells]
     if baseline.value is not None and baseline.value not in names:
       raise UserError(f"--baseline={baseline.value}: use one of {' '.join(names)}")
     folder = pathlib.Path(workdir.value or f"runs/{config.name}-sweep")
-    config_flags = _config_flags(sys.argv[1:])
-    jobs = [
-      (cell, seed, command(config_flags, cell, seed, folder))
-      for seed in range(seeds.value)  # Seeds outermost: a sweep cut short compares all cells.
-      for cell in cells
-    ]
+    jobs = make_jobs(config, cells, seeds.value, folder, _config_flags())
     if slurm.value:
-      pathlib.Path(slurm.value).write_text(slurm_script([job[2] for job in jobs], config.name))
+      _write(pathlib.Path(slurm.value), slurm_script([job.words for job in jobs], config.name))
       print(f"sbatch {slurm.value}   # {len(jobs)} runs; then the same command without --slurm")
       return
+    done = [finished(job) for job in jobs]
     if dry_run.value:
-      for cell, seed, words in jobs:
-        done = finished(run_folder(folder, cell, seed))
-        print("# finished" if done else "", shlex.join(["python", *words]))
+      for job, ended in zip(jobs, done, strict=True):
+        print("# finished" if ended else "", shlex.join(["python", *job.words]))
       return
-    for number, (cell, seed, words) in enumerate(jobs, 1):
-      _run_one(f"{number}/{len(jobs)}", run_folder(folder, cell, seed), words)
+    with stop_requests() as stop:
+      for number, (job, ended) in enumerate(zip(jobs, done, strict=True), 1):
+        _run_one(f"{number}/{len(jobs)}", job, ended, stop)
     _compare(jobs, folder, baseline.value or names[0])
 
   cli.start(run)
 
 
-def _run_one(number: str, folder: pathlib.Path, words: list[str]) -> None:
-  if finished(folder):
-    print(f"{number} {folder}: finished before", flush=True)
+def _run_one(number: str, job: Job, ended: bool, stop: threading.Event) -> None:
+  if ended:
+    print(f"{number} {job.folder}: finished before", flush=True)
     return
-  print(f"{number} {folder}", flush=True)
-  status = subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL).returncode
+  print(f"{number} {job.folder}", flush=True)
+  status = _run_process([sys.executable, *job.words], stop)
   if status:  # The run has said why.
-    print(f"stopped at {folder}; the same command continues", file=sys.stderr)
+    print(f"stopped at {job.folder}; the same command continues", file=sys.stderr)
     sys.exit(status)
-  perplexity = json.loads((folder / "summary.json").read_text())["last"]["token_perplexity"]
-  print(f"{number} {folder}: validation token perplexity {perplexity:.2f}", flush=True)
+  perplexity = json.loads((job.folder / "summary.json").read_text())["last"]["token_perplexity"]
+  print(f"{number} {job.folder}: validation token perplexity {perplexity:.2f}", flush=True)
 
 
-def _compare(
-  jobs: Sequence[tuple[Cell, int, list[str]]], folder: pathlib.Path, baseline: str
-) -> None:
+def _run_process(words: Sequence[str], stop: threading.Event) -> int:
+  """Runs a command to its end; its exit status. A request to stop is handed on, and waited for."""
+  # In a group of its own: Ctrl-C would reach the run twice, and the second one ends it unsaved.
+  with subprocess.Popen(words, stdout=subprocess.DEVNULL, process_group=0) as process:
+    try:
+      while process.poll() is None and not stop.wait(_POLL_SECONDS):
+        pass
+      if process.poll() is None:
+        process.terminate()
+      status = process.wait()
+    finally:  # A second request: the run gets a second one, too.
+      if process.poll() is None:
+        process.terminate()
+  return status if status >= 0 else 128 - status  # As shells tell of a signal.
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  try:
+    path.write_text(text)
+  except OSError as error:
+    raise UserError(f"--slurm={path}: cannot be written ({error.strerror})") from None
+
+
+def _compare(jobs: Sequence[Job], folder: pathlib.Path, baseline: str) -> None:
   from hgnn_moe_jax.analysis import compare
   from hgnn_moe_jax.analysis.runs import read_run
 
-  named = [(cell.name, read_run(run_folder(folder, cell, seed))) for cell, seed, _ in jobs]
-  several = len({cell.name for cell, *_ in jobs}) > 1
+  named = [(job.cell.name, read_run(job.folder)) for job in jobs]
+  several = len({job.cell.name for job in jobs}) > 1
   path = compare.write(
     compare.group_runs(named), folder / "comparison", baseline if several else None
   )

@@ -165,6 +165,14 @@ def test_bad_paths(path, message):
   assert error.value.field == "model.coupler"
 
 
+def test_a_mistake_inside_the_module_is_told_as_it_is(tmp_path, monkeypatch):
+  """Not as if the module had no such name."""
+  (tmp_path / "broken_here.py").write_text("import math\n\nmath.nothere\nRing = print\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(AttributeError, match="nothere"):
+    with_fields(Config(), {"model.coupler": "broken_here:Ring"}).validate()
+
+
 def test_only_four_fields_take_paths():
   for field in ("model.pooling", "adaptive.signal", "training.optimizer"):
     with pytest.raises(ConfigError, match="use one of"):

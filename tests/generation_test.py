@@ -173,6 +173,43 @@ def test_characters_of_several_bytes_are_never_told_in_halves():
   assert len(one.tokens) == 4
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+  ids=st.lists(st.sampled_from([*range(95, 103), *range(200, 258), END]), max_size=80),
+  stop=st.sampled_from([(), ("ab",), ("é", "ccc")]),
+)
+def test_text_piece_by_piece_is_the_text_of_all_tokens(ids, stop):
+  """Only the last tokens are decoded again; letters, and bytes that are halves of characters."""
+  tokenizer = ByteTokenizer()
+  ids = [i for i in ids if i < V]
+  row = generation._Row(tokenizer, 0, "p", [ord("p")], stop, None)
+  for count, token in enumerate(ids, 1):
+    row.add(token, 0)
+    if row.ended:
+      break
+    wanted = tokenizer.decode([i for i in ids[:count] if i != END])
+    assert row._told == wanted[: len(wanted) - generation._uncertain(wanted, stop)]
+  if ids:
+    told = row.result().text
+    wanted = tokenizer.decode([i for i in ids if i != END]).rstrip(generation._BROKEN)
+    assert wanted.startswith(told) and (row.ended != "length" or told == wanted)
+
+
+def test_long_text_is_not_decoded_again_and_again():
+  """What a token costs does not grow: at most so many are decoded for each."""
+  counted = []
+
+  class Counting(ByteTokenizer):
+    def decode(self, ids):
+      counted.append(len(ids))
+      return super().decode(ids)
+
+  row = generation._Row(Counting(), 0, "p", [ord("p")], (), None)
+  for _ in range(500):
+    row.add(ord("a"), 0)
+  assert max(counted) <= 20 and row.result().text == 500 * "a"
+
+
 def test_rows_that_are_done_wait_for_the_others():
   table = _spell("abc") | {ord("x"): END}
   calls = []
@@ -204,6 +241,42 @@ def test_temperature_zero_takes_the_maximum():
   # The penalty halves 2.0 and doubles -0.5: the maximum is another token.
   assert set(_chosen([2.0, 1.9, -0.5], seen=[0, 2], temperature=0.0, penalty=2.0)) == {1}
   assert set(_chosen([-1.0, -1.5], seen=[0], temperature=0.0, penalty=2.0)) == {1}
+
+
+def test_the_end_of_text_before_the_prompt_is_not_penalised():
+  """It is neither in the prompt nor after it, so a penalty leaves its logit as it was."""
+  heard = []
+  model = _scripted({ord("a"): END}, protocol="packed")
+  start = generation._start
+
+  def listen(*args):
+    state = start(*args)
+    heard.append(np.asarray(state.seen_BV))
+    return state
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(generation, "_start", listen)
+    (one,) = generate(model, ["ba"], Sampling(repetition_penalty=2.0, temperature=0.0))
+  assert np.flatnonzero(heard[0][0]).tolist() == [ord("a"), ord("b")]
+  assert one.ended == "end of text" and len(one.tokens) == 1
+
+
+def test_top_p_of_one_keeps_all():
+  """The float32 sum of many shares passes 1 before the last of them."""
+
+  def lost(seed):
+    logits = np.random.default_rng(seed).standard_normal(50_257).astype(np.float32)
+    share_V = jax.nn.softmax(-jnp.sort(-logits))
+    return logits if bool((jnp.cumsum(share_V) - share_V >= 1.0).any()) else None
+
+  logits = next(found for seed in range(99) if (found := lost(seed)) is not None)
+  chooser = (*(jnp.float32(x) for x in (1.0, 1.0, 1.0)), jnp.int32(0))
+  seen_V = jnp.zeros(logits.size, bool)
+  with pytest.MonkeyPatch.context() as patch:
+    kept = []
+    patch.setattr(jax.random, "categorical", lambda key, x: kept.append(x) or jnp.int32(0))
+    choose(chooser, jnp.asarray(logits), seen_V, jax.random.key(0))
+  assert np.isfinite(np.asarray(kept[0])).all()
 
 
 def test_draws_follow_the_softmax():

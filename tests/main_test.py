@@ -91,6 +91,13 @@ ARGUMENTS = [
   (("--mode=generate", "--prompts=none.txt"), r"--prompts=none\.txt: cannot be read"),
   (("--mode=generate", "--prompt=a", "--workdir=."), r"--workdir=\.: no config\.json there"),
   (("--mode=evaluate", "--stride=0"), r"flag --stride=0: 0 is not a positive integer"),
+  (
+    (QUICKSTART, "--mode=evaluate", "--workdir=."),
+    r"--config: not with --mode=evaluate, the run's own config counts; leave it out",
+  ),
+  ((QUICKSTART, "--stride=4"), r"--stride: not with --mode=train, it does nothing there; leave"),
+  (("--mode=generate", "--prompt=a", "--quiet"), r"--quiet: not with --mode=generate, it does"),
+  (("--mode=generate", "--prompt=a\udcff"), r"--prompt='a\\udcff': not UTF-8; give text"),
 ]
 
 
@@ -105,6 +112,9 @@ FILES = {
   "import no_such_module\n": r"No module named 'no_such_module'",
   "from hgnn_moe_jax.config import Config\ndef get_config():\n  c = Config()\n"
   "  c.model.num_headz = 3\n  return c\n": r"'ModelConfig' object has no attribute 'num_headz'",
+  "def get_config():\n  return Confg()\n": r"name 'Confg' is not defined",
+  "def get_config():\n  return {}['steps']\n": r"steps",
+  "def get_config():\n  raise KeyError\n": r"KeyError",
 }
 
 
@@ -114,6 +124,18 @@ def test_a_broken_config_file(content, refused, tmp_path):
   path.write_text(content)
   assert re.match(
     rf"--config={path}: {FILES[content]}; the fields are in", refused(f"--config={path}")
+  )
+
+
+def test_a_misspelt_keyword_in_a_config_file(refused, tmp_path):
+  path = tmp_path / "broken.py"
+  path.write_text(
+    "from hgnn_moe_jax.config import ModelConfig\n"
+    "def get_config():\n  return ModelConfig(embedd_dim=16)\n"
+  )
+  assert refused(f"--config={path}") == (
+    f"flag --config={path}: TypeError: ModelConfig.__init__() got an unexpected keyword argument "
+    "'embedd_dim'"
   )
 
 

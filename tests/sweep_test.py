@@ -1,15 +1,21 @@
 """Grids, their commands, and a sweep that is stopped and continued."""
 
 import json
+import os
 import pathlib
+import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from hgnn_moe_jax import sweep
 from hgnn_moe_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_a_grid_is_a_product_with_the_types_of_the_fields(tiny_config):
@@ -47,13 +53,37 @@ def test_without_a_grid_there_is_the_config(tiny_config):
     (["model.num_heads=two"], "'two' is not of type int"),
     (["model.tie_embeddings=yes"], "'yes' is not of type bool"),
     (["model.num_heads=2,3"], "num_heads=3 cannot be trained: .*use a divisor"),
-    (["seed=1,1"], "a combination comes twice"),
+    (["training.batch_size=4,4"], "a combination comes twice"),
   ],
 )
 def test_grids_that_cannot_be(tiny_config, grid, message):
   with pytest.raises(UserError, match=message) as error:
     sweep.parse_grid(grid, tiny_config())
   assert str(error.value).startswith("--grid")
+
+
+@pytest.mark.parametrize(
+  ("field", "changes"),
+  [
+    ("seed=1,2", {}),
+    ("name=a", {}),
+    ("model.num_layers=1,2", {}),
+    ("evaluation.stride=0,4", {}),
+    ("data.tokenizer=bytes,bpe", {}),
+    ("training.batch_size=4,8", {"training.epochs": 1.0, "training.steps": 0}),
+    ("model.max_length=8,16", {"data.protocol": "lines"}),
+  ],
+)
+def test_runs_that_could_not_be_compared_are_not_trained(tiny_config, field, changes):
+  """Told before the first of them; one value of a field is no difference, but for the seed."""
+  config = tiny_config(**changes)
+  with pytest.raises(UserError, match=rf"--grid={field}: (not a field|runs that differ in)"):
+    sweep.require_comparable(["training.learning_rate=1e-3", field], config)
+  if field.startswith(("seed", "name")):
+    return
+  sweep.require_comparable([field.split(",")[0]], config)
+  if changes:  # Without them the field is one like others.
+    sweep.require_comparable([field], tiny_config())
 
 
 def test_an_array_job_runs_every_command_as_written(tmp_path):
@@ -120,17 +150,85 @@ def test_a_sweep_continues_and_ends_with_the_comparison(run_sweep, tmp_path):
   assert second.out.splitlines()[-4:] == first.out.splitlines()[-4:]
 
 
+def test_what_has_ended_under_another_config_is_refused(run_sweep, tmp_path):
+  """Else the table would be that of the old settings."""
+  assert run_sweep().status == 0
+  table = tmp_path / "sweep" / "comparison" / "comparison.md"
+  before = table.read_bytes()
+  other = run_sweep("--config.training.learning_rate=0.5", "--config.training.log_every=2")
+  assert other.status == 2 and table.read_bytes() == before
+  assert re.search(
+    r"--workdir=.*output_strength=0.0-0 belongs to another run: training.learning_rate: 0.01 -> "
+    r"0.5\. Use the old values",
+    other.err,
+  )
+
+
+def test_overrides_arrive_however_they_are_written(run_sweep, tmp_path):
+  """One dash, a switch without value, one that is switched off, a value in a word of its own."""
+  seen = run_sweep(
+    "-config.training.learning_rate=0.5",
+    "--config.training.remat",
+    "--noconfig.adaptive.emergency_boost",
+    *("--config.training.batch_size", "4"),
+    *("--config.name=mine", "--config.seed=5", "--dry_run"),
+  )
+  first = shlex.split(seen.out.splitlines()[0])
+  given = [word for word in first if word.startswith("--config.")]
+  assert given == [
+    *("--config.training.learning_rate=0.5", "--config.training.remat=True"),
+    *("--config.adaptive.emergency_boost=False", "--config.training.batch_size=4"),
+    *("--config.orthogonality.output_strength=0.0", "--config.name=output_strength=0.0"),
+    "--config.seed=0",
+  ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_is_handed_on_and_waited_for(tmp_path, number):
+  """The run gets one SIGTERM, whatever came; it ends in its own time and says how."""
+  told = tmp_path / "told"
+  child = f"""
+import pathlib, signal, sys, time
+told = pathlib.Path({str(told)!r})
+def ask(number, frame):
+  time.sleep(0.5)  # it saves
+  told.write_text(told.read_text() + f"{{signal.Signals(number).name}} ")
+for number in (signal.SIGINT, signal.SIGTERM):
+  signal.signal(number, ask)
+told.write_text("ready ")
+while "SIG" not in told.read_text():
+  time.sleep(0.01)
+time.sleep(0.2)
+sys.exit(75)
+"""
+  parent = f"""
+import sys
+from hgnn_moe_jax import sweep
+from hgnn_moe_jax.training.processes import stop_requests
+with stop_requests() as stop:
+  sys.exit(sweep._run_process([sys.executable, "-c", {child!r}], stop))
+"""
+  process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, process_group=0)
+  while not told.exists():
+    time.sleep(0.05)
+  os.killpg(process.pid, number)  # as a terminal does: to all of the group
+  assert process.wait() == 75
+  assert told.read_text() == "ready SIGTERM "
+
+
 def test_commands_can_be_seen_and_written(run_sweep, tmp_path):
   seen = run_sweep("--dry_run", "--seeds=2")
   commands = [shlex.split(line) for line in seen.out.splitlines()]
   assert len(commands) == 4 and not (tmp_path / "sweep").exists()
   assert commands[3][-4:] == [
-    *("--config.orthogonality.output_strength=0.2", "--config.seed=1"),
+    *("--config.name=output_strength=0.2", "--config.seed=1"),
     *(f"--workdir={tmp_path}/sweep/output_strength=0.2-1", "--quiet"),
   ]
   written = run_sweep(f"--slurm={tmp_path}/job.sh", "--seeds=2")
   assert written.out.startswith(f"sbatch {tmp_path}/job.sh   # 4 runs")
   assert "#SBATCH --array=0-3" in (tmp_path / "job.sh").read_text()
+  nowhere = run_sweep(f"--slurm={tmp_path}/none/job.sh")
+  assert nowhere.status == 2 and "job.sh: cannot be written (No such file" in nowhere.err
 
 
 def test_a_run_that_fails_stops_the_sweep(words, tmp_path):
@@ -142,7 +240,7 @@ def test_a_run_that_fails_stops_the_sweep(words, tmp_path):
     [sys.executable, "-m", "hgnn_moe_jax.sweep", *words],
     capture_output=True,
     text=True,
-    cwd=pathlib.Path(__file__).parent.parent,
+    cwd=ROOT,
   )
   assert done.returncode == 2 and "config.json is damaged" in done.stderr
   assert "Traceback" not in done.stderr

@@ -28,7 +28,9 @@ def main() -> None:
     status = 0
     for folder in map(pathlib.Path, argv[1:]):
       try:
-        report = analyze(read_run(folder), folder / "analysis", other)
+        read = read_run(folder)
+        cli.keep_compiled(read.config)
+        report = analyze(read, folder / "analysis", other)
       except UserError as error:
         _tell("error", str(error))
         status = error.exit_status

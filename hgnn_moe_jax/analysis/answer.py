@@ -1,6 +1,7 @@
 """The run's answer in five lines: what a reader wants to know before any figure."""
 
 import collections
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,6 +12,11 @@ _COST = (
   *("parameters", "tokens_seen", "train_seconds", "tokens_per_second", "compile_seconds"),
   *("device", "last", "unigram_perplexity"),
 )
+
+
+# A score is beyond chance if experts overlap by at least a tenth less than unrelated ones do: newly
+# initialised ones are within a twentieth of it.
+_MARGIN = 0.1
 
 
 def answer(run: RunData, baseline: RunData | None = None) -> list[tuple[str, str]]:
@@ -35,12 +41,20 @@ def at_the_end(run: RunData, field: str) -> np.ndarray:
   return values[-max(1, len(values) // 10) :].mean(axis=0)
 
 
+def beyond_chance(score_L: Sequence[float] | np.ndarray, chance: float) -> np.ndarray:
+  """Layer by layer, whether the overlap `1 - score` is at most 0.9 of that of unrelated experts."""
+  return 1.0 - np.asarray(score_L) <= (1.0 - _MARGIN) * (1.0 - chance)
+
+
 def comparable(run: RunData, other: RunData) -> str:
   """Why two runs' perplexities cannot be compared; empty if they can."""
   if run.data.get("fingerprint") != other.data.get("fingerprint"):
     return "they were trained on different texts or tokenizers"
   if run.train["step"][-1] != other.train["step"][-1]:
     return f"they have {run.train['step'][-1]} and {other.train['step'][-1]} steps"
+  strides = run.config.evaluation.stride, other.config.evaluation.stride
+  if strides[0] != strides[1]:
+    return "they were scored with evaluation.stride={} and {}".format(*strides)
   return ""
 
 
@@ -61,13 +75,17 @@ def _specialization(run: RunData) -> str:
   score_L, chance = at_the_end(run, "output_specialization"), run.chance["output_specialization"]
   if not np.isfinite(score_L).all():
     return "Unknown: the last steps measured no finite numbers."
-  above = int(np.sum(score_L > chance))
+  above = int(np.sum(beyond_chance(score_L, chance)))
   verdict = {0: "No", len(score_L): "Yes"}.get(above, f"In {above} of {len(score_L)} layers")
+  dropout = run.config.model.dropout
+  masks = f", in training, where dropout of {dropout:g} makes them differ more" if dropout else ""
+  effective = _levels(at_the_end(run, "effective_experts"), 2)
+  by_weights = _levels(at_the_end(run, "weight_specialization"))
   return (
-    f"{verdict}. By what they do: {_levels(score_L)} layer by layer, where unrelated experts have "
-    f"{chance:.3f} and copies 0; {_levels(at_the_end(run, 'effective_experts'), 2)} effective "
-    f"experts of {experts}. By their weights: {_levels(at_the_end(run, 'weight_specialization'))}, "
-    f"chance {run.chance['weight_specialization']:.4f}, which says little about what they do."
+    f"{verdict}. By what they do: {_levels(score_L)} layer by layer{masks}; unrelated experts have "
+    f"{chance:.3f}, give or take a tenth of the overlap, and copies 0; {effective} effective "
+    f"experts of {experts}. By their weights: {by_weights}, chance "
+    f"{run.chance['weight_specialization']:.4f}, which says little about what they do."
   )
 
 
@@ -141,16 +159,25 @@ def _next(run: RunData, baseline: RunData | None) -> str:
     return "Train it again with this version: its records do not tell whether the experts differ."
   score_L, chance = at_the_end(run, "output_specialization"), run.chance["output_specialization"]
   penalised = bool(run.train["output_strength"].any())
+  constant = run.config.adaptive.controller == "constant"
   if np.any(score_L < chance) and not penalised:
+    cure = (
+      "--config.orthogonality.output_strength=0.1"
+      if constant
+      else "--config.adaptive.objective=output with --config.adaptive.signal=output"
+    )
     return (
       "The experts are more alike than unrelated ones, and nothing asks them to differ in what "
-      "they do: --config.adaptive.objective=output with --config.adaptive.signal=output."
+      f"they do: {cure}, in a new --workdir."
     )
   if np.any(score_L < chance):
-    return (
-      "The penalty is too weak for some layer: raise adaptive.maximum_strength, or "
-      "adaptive.target_specialization if the controller had converged."
+    cure = (
+      "orthogonality.output_strength"
+      if constant
+      else "adaptive.maximum_strength, or adaptive.target_specialization if the controller had "
+      "converged"
     )
+    return f"The penalty is too weak for some layer: raise {cure}."
   if baseline is None:
     return "Find out what it is worth: train the same config without penalties, and compare seeds."
   return "Repeat it with more seeds: python -m hgnn_moe_jax.analysis.compare says how sure it is."

@@ -86,7 +86,8 @@ def drill(
     noise: of `faults.clone_experts`.
 
   Raises:
-    UserError: an unknown arm, or a fault after the end; and all that training raises.
+    UserError: an unknown arm, a fault after the end, or a folder with other runs than these; and
+      all that training raises.
   """
   if unknown := [arm for arm in arms if arm not in ARMS]:
     raise UserError(f"--arms={unknown[0]}: unknown; use some of {','.join(ARMS)}")
@@ -104,6 +105,7 @@ def _arm(config: Config, workdir: pathlib.Path, arm: str, fault_step: int, noise
   config = with_fields(config, {**ARMS[arm], "name": arm})
   config.training.checkpoint_every = fault_step
   config.training.keep_checkpoints = config.training.steps  # all of them: the fault's is one
+  config.training.log_every = 1  # records are counted as steps
   healthy, damaged = workdir / arm, workdir / f"{arm}-fault"
   _finish(config, healthy)
   faults.fork(
@@ -114,9 +116,12 @@ def _arm(config: Config, workdir: pathlib.Path, arm: str, fault_step: int, noise
 
 
 def _finish(config: Config, folder: pathlib.Path) -> None:
-  from hgnn_moe_jax.training import loop
+  """Trains what is missing of the config's run; raises UserError if the folder has another one."""
+  from hgnn_moe_jax.training import loop, run_folder
 
-  if not (folder / "summary.json").exists():
+  if (folder / "summary.json").exists():
+    run_folder.require_same(folder, config)
+  else:
     loop.train(config, folder, quiet=True)
 
 

@@ -34,7 +34,8 @@ def group_runs(named: Sequence[tuple[str, RunData]]) -> dict[str, list[RunData]]
 
   Raises:
     UserError: runs that cannot be compared: unfinished ones, other text, another number of layers
-      or of steps, one name for two configs, or a seed twice in a group.
+      or of steps, scored with another context, one name for two configs, or a seed twice in a
+      group.
   """
   if not named:
     raise UserError("nothing to compare: give the folders of finished runs")
@@ -65,6 +66,7 @@ _MUST_AGREE: dict[str, Any] = {
   "steps": lambda run: run.summary["steps"],
   "layers": lambda run: run.config.model.num_layers,
   "logged steps": lambda run: len(run.train["step"]),
+  "evaluation.stride": lambda run: run.config.evaluation.stride,
 }
 
 

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from hgnn_moe_jax.analysis import figures, page, tables
+from hgnn_moe_jax.analysis.answer import beyond_chance
 from hgnn_moe_jax.analysis.page import Figure, Section
 from hgnn_moe_jax.analysis.runs import RunData
 from hgnn_moe_jax.analysis.statistics import Comparison, Difference, Row
@@ -15,8 +16,8 @@ _LEVEL = 0.05
 _METHOD = (
   "± is half of a 95 % interval of the mean over seeds by Student's t: "
   "t(0.975, n - 1) s / sqrt(n). One seed has none.",
-  "Differences from the baseline are paired by seed: runs of one seed see the same batches in the "
-  "same order. p is that of the two-sided paired t-test of no difference.",
+  "Differences from the baseline are paired by seed: runs of one seed, batch size and length see "
+  "the same batches in the same order. p is that of the two-sided paired t-test of no difference.",
   "No p-value is corrected for the number of comparisons: of twenty groups without any difference, "
   "one is expected below 0.05.",
   "Perplexities are those of the whole validation split.",
@@ -28,7 +29,9 @@ _METHOD = (
   "logarithm of the perplexity is interpolated. A run that is cut there has not come to the end of "
   "its learning-rate schedule: planned for that time, it would end lower.",
   "Scores are means over the last tenth of the steps and over seeds, layer by layer. Chance is "
-  "what independent random experts of that size score.",
+  "what independent random experts of that size score; beyond it are scores whose overlap, 1 - "
+  "score, is at least a tenth less. Outputs are compared in training: with dropout, masks make "
+  "experts differ more than they do.",
 )
 
 
@@ -153,7 +156,7 @@ def _chance(rows: Sequence[Row]) -> str:
     if row.experts == 1 or not score_L or chance is None:
       unknown.append(f"{row.name} has one expert" if row.experts == 1 else row.name)
       continue
-    above = sum(score > chance for score in score_L)
+    above = int(beyond_chance(score_L, chance).sum())
     if above == len(score_L):
       everywhere.append(row.name)
     elif above:

@@ -63,7 +63,8 @@ def load_experts(run: RunData) -> Experts:
     return aux.measured.absolute_cosine_EE
 
   total, count = 0.0, 0
-  for first in range(0, min(_BATCHES * size, examples.num_examples - size + 1) or 1, size):
+  # Whole batches; of fewer examples than a batch, one that goes round.
+  for first in range(0, max(1, min(_BATCHES * size, examples.num_examples - size + 1)), size):
     rows = np.arange(first, first + size) % examples.num_examples
     batch = gather(examples, rows.astype(np.int32), config.model.max_length, fill)
     total, count = total + np.asarray(similarity(params, batch)), count + 1
@@ -71,7 +72,7 @@ def load_experts(run: RunData) -> Experts:
   return Experts(
     step=step,
     weight_similarity=np.asarray(jax.jit(weights.absolute_cosine)(roles)),
-    output_similarity=np.asarray(total / max(count, 1)),
+    output_similarity=np.asarray(total / count),
     ties=jax.tree.map(np.asarray, learned_ties(config.model, params["layers"])),
   )
 

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from hgnn_moe_jax.analysis.runs import read_run
 from hgnn_moe_jax.data.corpus import load_corpus
+from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.models.language_model import is_expert_parameter
 from hgnn_moe_jax.training import run_folder
 from hgnn_moe_jax.training.assembly import assemble
@@ -62,7 +64,7 @@ def fork(
   """Copies a run as it was at a checkpoint and changes its state; training continues the copy.
 
   The change is an event of name "fault" in the copy's metrics.jsonl. Nothing is done if `target`
-  is such a copy already.
+  is such a copy already, with the same event.
 
   Args:
     source: a run that has a checkpoint at `step`.
@@ -72,9 +74,11 @@ def fork(
     event: further fields of the event.
 
   Raises:
-    UserError: no such run or checkpoint.
+    UserError: no such run or checkpoint, or `target` holds another fault.
   """
+  wanted = {"kind": "event", "step": step, "name": "fault", **event}
   if (target / "config.json").exists():
+    _require_fault(target, wanted)
     return
   config, _ = run_folder.read_config(source)
   like = assemble(config, load_corpus(config)).abstract_state
@@ -85,11 +89,19 @@ def fork(
     shutil.rmtree(target)
   target.mkdir(parents=True)
   kept = (source / "metrics.jsonl").read_bytes()[: note["metrics_bytes"]]
-  line = json.dumps({"kind": "event", "step": step, "name": "fault", **event})
-  content = kept + line.encode() + b"\n"
+  content = kept + json.dumps(wanted).encode() + b"\n"
   (target / "metrics.jsonl").write_bytes(content)
   writer = Checkpointer(target, config.training.keep_checkpoints)
   writer.save(step, change(state), {**note, "metrics_bytes": len(content)})
   writer.wait()
   writer.close()
   shutil.copy(source / "config.json", target / "config.json")  # Last: the copy is complete.
+
+
+def _require_fault(folder: pathlib.Path, wanted: dict[str, object]) -> None:
+  found = read_run(folder).events_of("fault")
+  if found != [wanted]:
+    raise UserError(
+      f"{folder} belongs to another fault: {json.dumps(found)}, not {json.dumps(wanted)}; use its "
+      "values or another --workdir"
+    )

@@ -86,7 +86,9 @@ def comparison(groups: Mapping[str, Sequence[RunData]], path: pathlib.Path) -> b
     for (field, label), axes_L in zip(rows.items(), axes_KL, strict=True):
       _curves(axes_L, groups, field, label)
       for axes in axes_L:
-        draw_chance(axes, runs[0].chance.get(field), named=axes is axes_L[:COLUMNS][-1])
+        # Models of several widths have several.
+        for level in {run.chance.get(field) for run in runs}:
+          draw_chance(axes, level, named=axes is axes_L[:COLUMNS][-1])
     _finish(figure, axes_KL)
   return True
 

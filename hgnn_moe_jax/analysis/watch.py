@@ -21,6 +21,7 @@ from hgnn_moe_jax.analysis import timing
 from hgnn_moe_jax.analysis.answer import at_the_end
 from hgnn_moe_jax.analysis.runs import RunData, read_run
 from hgnn_moe_jax.errors import UserError
+from hgnn_moe_jax.training.progress import clock
 
 _SECONDS = 2.0
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -69,8 +70,7 @@ def _head(run: RunData) -> Panel:
     parts.append("stopped: not finite")
   elif speed is not None:
     per_step = float(np.median(run.train["tokens"][-50:])) / max(speed, 1e-9)
-    left = time.strftime("%H:%M:%S", time.gmtime(per_step * (run.total_steps - step)))
-    parts.append(f"{left} left at this speed")
+    parts.append(f"{clock(per_step * (run.total_steps - step))} left at this speed")
   return Panel(Text("  ".join(parts)), title=f"{run.config.name}, seed {run.config.seed}")
 
 

@@ -33,7 +33,7 @@ def feedback(
   emergency_boost: bool = True,
   boost_multiplier: float = 2.0,
 ) -> Controller:
-  """nuPI (Sohrab et al. 2024, arXiv 2406.04558): the strength as a Lagrange multiplier.
+  """nuPI (Sohrabi et al. 2024, arXiv 2406.04558): the strength as a Lagrange multiplier.
 
   Per layer, with the error e_t = target schedule(t) - score = overlap - set-point:
 

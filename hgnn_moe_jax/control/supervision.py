@@ -18,12 +18,14 @@ from hgnn_moe_jax.control.base import (
   ControlFlags,
   Controller,
   Observation,
+  Schedule,
   Strengths,
   require,
   require_count,
   require_strength,
 )
 from hgnn_moe_jax.control.filters import Mean, exponential_mean
+from hgnn_moe_jax.control.schedules import constant_schedule
 
 SIGNALS = ("weight", "output")
 OBJECTIVES = ("weight", "output", "both")
@@ -112,6 +114,7 @@ class Actuator(NamedTuple):
   minimum: float
   maximum: float
   other_strength: float
+  other_schedule: Schedule
 
 
 class SupervisedState(NamedTuple):
@@ -127,6 +130,7 @@ def make_actuator(
   minimum: float = 0.001,
   maximum: float = 0.3,
   other_strength: float = 0.0,
+  other_schedule: Schedule | None = None,
 ) -> Actuator:
   """Which penalties the law drives, and how far.
 
@@ -134,7 +138,8 @@ def make_actuator(
     objective: one of OBJECTIVES; with "both", the two penalties get the same strength.
     minimum: strength, at least 0; exactly this is applied where the law wants less.
     maximum: strength, at least `minimum` and above 0.
-    other_strength: constant strength of the penalty that is not driven; 0 with "both".
+    other_strength: base strength of the penalty that is not driven; 0 with "both".
+    other_schedule: step -> factor of it, e.g. `schedules.linear_warmup`; None: 1 at every step.
 
   Raises:
     ValueError: a parameter is outside its range.
@@ -147,7 +152,8 @@ def make_actuator(
   require_strength("other_strength", other_strength)
   if objective == "both":
     require("other_strength", other_strength, other_strength == 0.0, "0 with objective='both'")
-  return Actuator(objective, minimum, maximum, other_strength)
+  other_schedule = other_schedule or constant_schedule()
+  return Actuator(objective, minimum, maximum, other_strength, other_schedule)
 
 
 def make_watch(
@@ -297,7 +303,8 @@ def supervise(law: Law, watch: Watch, actuator: Actuator) -> Controller:
 
   def strengths(state: SupervisedState) -> Strengths:
     driven_L = driven(state)
-    other_L = jnp.full_like(driven_L, actuator.other_strength)
+    factor = jax.lax.stop_gradient(actuator.other_schedule(state.count))
+    other_L = jnp.full_like(driven_L, actuator.other_strength * factor)
     return Strengths(
       weight_L=other_L if actuator.objective == "output" else driven_L,
       output_L=other_L if actuator.objective == "weight" else driven_L,

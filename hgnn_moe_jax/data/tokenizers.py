@@ -45,7 +45,8 @@ class Tokenizer(Protocol):
 
   Attributes:
     vocab_size: ids are in [0, vocab_size).
-    end_of_text: the id that ends a document; no text encodes to it.
+    end_of_text: the id that ends a document; no text encodes to it, unless a file's model has it
+      as a word.
     fingerprint: sha256 hex of what defines the ids.
     definition: content of a tokenizer.json, for a tokenizer that its name alone does not define.
   """
@@ -62,6 +63,11 @@ class Tokenizer(Protocol):
   def decode(self, ids: Iterable[int]) -> str:
     """The text of ids; bytes that are no UTF-8 become U+FFFD."""
     ...
+
+
+def is_file(name: str) -> bool:
+  """Whether `data.tokenizer` names a file of the user's, not one of the project's own."""
+  return name not in ("gpt2", "bpe", "bytes")
 
 
 def load_tokenizer(
@@ -291,6 +297,11 @@ def _from_file(name: str) -> SubwordTokenizer:
     ) from None
   for token in _END_OF_TEXT:
     if (end_of_text := tokenizer.token_to_id(token)) is not None:
+      added = tokenizer.get_added_tokens_decoder().get(end_of_text)
+      if added is not None and not added.special:  # It would be looked for in text.
+        raise ConfigError(
+          "data.tokenizer", name, f'text can hold its {token}; write "special": true beside it'
+        )
       return SubwordTokenizer(
         tokenizer, end_of_text, hashlib.sha256(raw).hexdigest(), raw.decode("utf-8")
       )

@@ -197,7 +197,7 @@ def _layer_controller(config: Config, total_steps: int) -> Controller:
   """Sets a strength per layer.
 
   Every controller's strengths rise over orthogonality.warmup_steps; feedback's set-point does. A
-  penalty that the controller does not drive keeps its constant strength of `orthogonality`.
+  penalty that the controller does not drive has its strength of `orthogonality` from then on.
   """
   a, o = config.adaptive, config.orthogonality
   warmup = schedules.linear_warmup(o.warmup_steps)
@@ -215,7 +215,7 @@ def _layer_controller(config: Config, total_steps: int) -> Controller:
     grace=a.emergency_grace,
   )
   other = {"weight": o.output_strength, "output": o.weight_strength, "both": 0.0}[a.objective]
-  actuator = make_actuator(a.objective, a.minimum_strength, a.maximum_strength, other)
+  actuator = make_actuator(a.objective, a.minimum_strength, a.maximum_strength, other, warmup)
   schedule = schedules.product(
     warmup, schedules.decay(a.decay_schedule, total_steps, a.decay_floor)
   )

@@ -24,6 +24,8 @@ from hgnn_moe_jax.training import processes
 from hgnn_moe_jax.training.records import run_folder_errors
 from hgnn_moe_jax.training.state import TrainState
 
+_ATTEMPTS = 5  # To open a folder in which another process saves and deletes.
+
 
 class Checkpointer:
   """WORKDIR/checkpoints: the newest few, and the one with the lowest validation loss.
@@ -60,7 +62,9 @@ class Checkpointer:
       if processes.is_first():
         _drop_damaged_losses(self._folder)
       processes.wait_for_all("the checkpoints can be listed")
-      self._manager = ocp.CheckpointManager(self._folder.resolve(), options=options)
+      self._manager = _opened(
+        lambda: ocp.CheckpointManager(self._folder.resolve(), options=options)
+      )
     # With several devices Orbax copies each one's part, and several processes do it in step.
     self._thread = ThreadPoolExecutor(1, "checkpoint") if jax.device_count() == 1 else None
     self._saving: Future[None] | None = None
@@ -218,6 +222,16 @@ class Checkpointer:
         self._thread = None
 
 
+def _opened(open_manager: Callable[[], ocp.CheckpointManager]) -> ocp.CheckpointManager:
+  """Again, where a run that trains there has removed a checkpoint between listing and reading."""
+  for _ in range(_ATTEMPTS - 1):
+    try:
+      return open_manager()
+    except (FileNotFoundError, NotADirectoryError):
+      pass
+  return open_manager()
+
+
 def _copied(state: TrainState) -> TrainState:
   """The state (but for its key) in the host's memory: the next step reuses the device's buffers.
 
@@ -252,6 +266,8 @@ def _drop_damaged_losses(folder: pathlib.Path) -> None:
   for file in folder.glob("*/metrics/metrics"):
     try:
       readable = isinstance(json.loads(file.read_bytes())["loss"], float)
+    except (FileNotFoundError, NotADirectoryError):  # A run that trains there has removed it.
+      continue
     except (ValueError, KeyError, TypeError):
       readable = False
     if not readable:

@@ -131,7 +131,7 @@ class Run:
     self.flags = Flags(**note["flags"])
     self.compile_seconds, self.stopping = 0.0, False
     first = processes.is_first()
-    self.tracker = Tracker(config, workdir, active=first)
+    self.tracker = Tracker(config, workdir, active=first, step=self.step)
     self.agree = processes.Agreement(assembly.mesh)
     self.display: Display = make_display(self.total, self.step, quiet)
     # Nothing is written again for a finished run: what evaluations have added to it stays.

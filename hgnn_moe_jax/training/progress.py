@@ -1,8 +1,10 @@
 """What a person sees while a run trains, and where else its numbers go."""
 
 import math
+import pathlib
 import sys
 import time
+import uuid
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +25,7 @@ class Display(Protocol):
   def close(self) -> None: ...
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
   """HH:MM:SS; the hours go on past 24."""
   minutes, rest = divmod(int(seconds), 60)
   return f"{minutes // 60:02}:{minutes % 60:02}:{rest:02}"
@@ -86,7 +88,7 @@ class Lines:
       self._started, self._first = now, step
     self._last = now
     pace = (now - self._started) / max(1, step - self._first)
-    left = _clock(pace * (self._total - step)) if step > self._first else "?"
+    left = clock(pace * (self._total - step)) if step > self._first else "?"
     self.message(f"step {step}/{self._total} left={left} {describe(fields)}")
 
   def message(self, text: str) -> None:
@@ -129,12 +131,14 @@ class Tracker:
     config: `training.tensorboard` and `training.wandb_project` switch the two on.
     workdir: event files go to WORKDIR/tensorboard.
     active: False to send nothing: of several processes only the first does.
+    step: where the run goes on. TensorBoard then hides what was sent of later steps, and Weights &
+      Biases gets the rest under the same id, kept in WORKDIR/wandb_id.
 
   Raises:
     UserError: a package is missing; the message says which extra to install.
   """
 
-  def __init__(self, config: Config, workdir: Any, active: bool = True):
+  def __init__(self, config: Config, workdir: pathlib.Path, active: bool = True, step: int = 0):
     self._board = self._wandb = None
     if not active:
       return
@@ -145,7 +149,8 @@ class Tracker:
         raise UserError(
           "config.training.tensorboard=True: pip install 'hgnn_moe_jax[tensorboard]'"
         ) from None
-      self._board = SummaryWriter(str(workdir / "tensorboard"))
+      purge_step = step + 1 if step else None
+      self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)
     if config.training.wandb_project:
       try:
         import wandb
@@ -157,6 +162,8 @@ class Tracker:
       self._wandb = wandb.init(
         project=config.training.wandb_project,
         name=config.name,
+        id=_kept_id(workdir / "wandb_id"),
+        resume="allow",
         dir=str(workdir),
         config=config.to_dict(),
       )
@@ -177,6 +184,13 @@ class Tracker:
       self._board.close()
     if self._wandb is not None:
       self._wandb.finish()
+
+
+def _kept_id(path: pathlib.Path) -> str:
+  """What stands in the file; a new id if there is none."""
+  if not path.exists():
+    path.write_text(uuid.uuid4().hex)
+  return path.read_text()
 
 
 def _scalars(prefix: str, fields: dict[str, Any]):

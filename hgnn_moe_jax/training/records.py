@@ -69,7 +69,8 @@ class MetricWriter:
   Args:
     workdir: the run folder.
     keep_bytes: cut the file to this length first. A checkpoint stores the length it was made at,
-      so a continued run drops exactly the lines that it will write again.
+      so a continued run drops exactly the lines that it will write again; what `--mode=evaluate`
+      has added since stays.
   """
 
   def __init__(self, workdir: pathlib.Path, keep_bytes: int | None = None):
@@ -77,7 +78,12 @@ class MetricWriter:
     self._path = workdir / "metrics.jsonl"
     with run_folder_errors(workdir):
       if keep_bytes is not None and self._path.exists():
-        os.truncate(self._path, min(keep_bytes, self._path.stat().st_size))
+        with open(self._path, "r+b") as file:
+          file.seek(keep_bytes)
+          added = [line for line in file if _is_added(line)]
+          file.seek(min(keep_bytes, self._path.stat().st_size))
+          file.writelines(added)
+          file.truncate()
       self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
 
   def write(self, kind: str, step: int, **fields: Any) -> None:
@@ -95,6 +101,15 @@ class MetricWriter:
   def close(self) -> None:
     with run_folder_errors(self._workdir):
       self._file.close()
+
+
+def _is_added(line: bytes) -> bool:
+  """Whether a line is an evaluation's that was asked for beside training."""
+  try:
+    record = json.loads(line)
+    return record["kind"] == "eval" and "checkpoint" in record and line.endswith(b"\n")
+  except (ValueError, KeyError, TypeError):  # cut short
+    return False
 
 
 class NoMetrics:

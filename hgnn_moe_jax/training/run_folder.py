@@ -78,11 +78,22 @@ def claim(
         (workdir / TOKENIZER).write_text(tokenizer_definition, encoding="utf-8")
     write_json(workdir / "config.json", {"config": config.to_dict(), **details})
     return
+  require_same(workdir, config, details["data"]["fingerprint"])
+
+
+def require_same(workdir: pathlib.Path, config: Config, fingerprint: str | None = None) -> None:
+  """Raises UserError if the folder's run is not that of the config, with the fields that differ.
+
+  Args:
+    workdir: of a run that has started.
+    config: what the run should be.
+    fingerprint: of the data, which must agree, too; None: not compared.
+  """
   old, content = read_config(workdir)
   changes = difference(old, config)
-  was, now = content.get("data", {}).get("fingerprint"), details["data"]["fingerprint"]
-  if not changes and was != now:
-    changes = [f"content of the data: {was} -> {now}"]
+  was = content.get("data", {}).get("fingerprint")
+  if not changes and fingerprint is not None and was != fingerprint:
+    changes = [f"content of the data: {was} -> {fingerprint}"]
   if changes:
     raise UserError(
       f"--workdir={workdir} belongs to another run: {'; '.join(changes)}. Use the old values to "

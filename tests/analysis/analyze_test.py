@@ -75,6 +75,24 @@ def test_similarities_are_those_of_the_checkpoint(train):
   np.testing.assert_allclose(found.weight_similarity[:, range(3), range(3)], 1.0, rtol=1e-5)
 
 
+def test_a_validation_split_smaller_than_a_batch(train, text_file, tmp_path, monkeypatch):
+  """One batch that goes round: the mean over its examples, however often they are in it."""
+  folder = tmp_path / "short"
+  folder.mkdir()
+  lines = text_file.read_text().split("\n\n")
+  for name, part in {"train": lines, "valid": lines[:2], "test": lines[2:4]}.items():
+    (folder / f"{name}.txt").write_text("\n\n".join(part))
+  run = read_run(train("run", **{"data.path": str(folder), "data.rows": "documents"}))
+  examples = run.data["validation"]["examples"]
+  assert 0 < examples < run.config.training.batch_size - 1
+  found = experts.load_experts(run)
+  run.config.training.batch_size = examples
+  np.testing.assert_allclose(
+    found.output_similarity, experts.load_experts(run).output_similarity, atol=0.05
+  )
+  assert found.output_similarity.shape == (2, 3, 3)
+
+
 def test_ties_by_hand():
   model = ModelConfig(num_experts=3, coupler="graph", coupler_layers=1, num_layers=1)
   # softplus(x) = log(1 + e^x): of log(e^2 - 1) it is 2, of log(e - 1) it is 1.

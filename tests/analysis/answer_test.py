@@ -52,13 +52,21 @@ def test_questions_are_five(make):
 
 @pytest.mark.parametrize(
   ("score", "verdict"),
-  [([0.5, 0.7], "No."), ([0.5, 0.9], "In 1 of 2 layers."), ([0.85, 0.9], "Yes.")],
+  [
+    ([0.5, 0.7], "No."),
+    ([0.5, 0.9], "In 1 of 2 layers."),
+    ([0.85, 0.9], "Yes."),
+    ([0.81, 0.815], "No."),  # as newly initialised experts: an overlap of 0.19, chance is 0.2
+    ([0.81, 0.825], "In 1 of 2 layers."),
+  ],
 )
 def test_beyond_chance(make, score, verdict):
   first, *_ = told(make("run", score))
   assert first.startswith(f"{verdict} By what they do: {score[0]:.3f} / {score[1]:.3f}")
   assert "unrelated experts have 0.800" in first and "chance 0.9900" in first
   assert "2.50 / 2.00 effective experts of 3" in first
+  assert "in training, where dropout of 0.1 makes them differ more; unrelated" in first
+  assert "dropout" not in told(make("without", score, **{"model.dropout": 0.0}))[0]
 
 
 def test_one_expert_has_nobody_to_differ_from(make):
@@ -100,13 +108,18 @@ def test_baseline(make):
   other = make("other", [0.5, 0.9], fingerprint="else")
   assert told(run, other)[3].startswith("They cannot be compared: they were trained on different")
   assert comparable(run, make("short", [0.5, 0.9], steps=10)) == "they have 20 and 10 steps"
+  sliding = make("sliding", [0.5, 0.9], **{"evaluation.stride": 4})
+  assert comparable(run, sliding) == "they were scored with evaluation.stride=0 and 4"
 
 
 def test_next(make):
   unpenalised, weak = make("a", [0.5, 0.9]), make("b", [0.5, 0.9], 0.1)
   done = make("c", [0.85, 0.9], 0.1)
-  assert "--config.adaptive.objective=output" in told(unpenalised)[4]
-  assert "too weak" in told(weak)[4]
+  assert "--config.orthogonality.output_strength=0.1, in a new --workdir" in told(unpenalised)[4]
+  assert "too weak" in told(weak)[4] and "raise orthogonality.output_strength." in told(weak)[4]
+  adaptive = {"adaptive.controller": "adaptive"}
+  assert "--config.adaptive.objective=output" in told(make("d", [0.5, 0.9], **adaptive))[4]
+  assert "raise adaptive.maximum_strength" in told(make("e", [0.5, 0.9], 0.1, **adaptive))[4]
   assert "without penalties" in told(done)[4]
   assert "analysis.compare" in told(done, weak)[4]
 

@@ -77,6 +77,7 @@ def config(tiny_config):
   return tiny_config(
     **{
       "training.steps": 24,
+      "training.log_every": 5,  # for others to read; the drill counts steps
       # Masks of their own would make even exact copies of one expert look different.
       "model.dropout": 0.0,
       "orthogonality.weight_strength": 0.0,
@@ -99,6 +100,7 @@ def test_a_drill(config, tmp_path, shared_programs, monkeypatch):
   for outcome in (none, boost):
     assert min(outcome.experts_before) > 2.0 and outcome.perplexity != outcome.healthy_perplexity
   run = read_run(tmp_path / "none-fault")
+  assert len(run.train["step"]) == 24
   assert run.train["effective_experts"][12].max() < 1.01, "the first step after the fault"
   assert run.train["output_specialization"][12].max() < 0.01
   assert config.name == "tiny" and config.adaptive.controller == "constant", "left as it was"
@@ -109,6 +111,13 @@ def test_a_drill(config, tmp_path, shared_programs, monkeypatch):
   monkeypatch.setattr(loop, "train", refuse)
   again = collapse_drill.drill(config, tmp_path, arms, fault_step=12, noise=0.0)
   assert again == [none, boost]
+  # What is there belongs to these settings and to no others.
+  for fault_step, noise in ((13, 0.0), (12, 0.1)):
+    with pytest.raises(UserError, match=r'none-fault belongs to another fault: .*"step": 12'):
+      collapse_drill.drill(config, tmp_path, ["none"], fault_step, noise)
+  config.seed += 1
+  with pytest.raises(UserError, match=r"/none belongs to another run: seed: 42 -> 43\."):
+    collapse_drill.drill(config, tmp_path, ["none"], fault_step=12, noise=0.0)
 
 
 @pytest.mark.parametrize(

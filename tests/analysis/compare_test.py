@@ -33,6 +33,7 @@ def test_groups_are_named_and_seeds_in_order(groups):
     ({"fingerprint": "other"}, "cannot be compared with .*: text other and text"),
     ({"train": [STEP] * 3}, "steps 3 and 2"),
     ({"model.num_layers": 3}, "layers 3 and 2"),
+    ({"evaluation.stride": 4}, "evaluation.stride 4 and 0"),
     ({"seed": 1, "training.learning_rate": 0.5}, "differ in more than the seed"),
     ({}, "seed 42 is there twice"),
   ],

@@ -82,7 +82,8 @@ def test_without_a_baseline_the_names_are_told(groups):
 @pytest.mark.parametrize(
   ("change", "verdict"),
   [
-    ({"output_specialization": [0.9, 0.81]}, "in every layer: b; in no layer: a."),
+    ({"output_specialization": [0.9, 0.83]}, "in every layer: b; in no layer: a."),
+    ({"output_specialization": [0.9, 0.81]}, "in some layers: b (1 of 2); in no layer: a."),
     ({"output_specialization": []}, "in no layer: a; unknown: b."),
     ({"chance": {}}, "in no layer: a; unknown: b."),
     ({"experts": 1}, "in no layer: a; unknown: b has one expert."),

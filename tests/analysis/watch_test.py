@@ -60,6 +60,12 @@ def test_view(write_run):
   assert max(map(len, text.splitlines())) <= 100
 
 
+def test_days_are_hours(write_run):
+  """75 steps of 1,000 tokens at 0.5 a second: 150,000 seconds."""
+  slow = {**STEP, "tokens_per_second": 0.5}
+  assert "41:40:00 left" in shown(read_run(write_run("run", [slow] * 25)))
+
+
 def test_an_evaluation_and_the_end_are_told(write_run):
   folder = write_run("run", [STEP] * 100, (), LAST, evaluations=[(50, 2.5)], seconds=77.4)
   text = shown(read_run(folder))

@@ -201,6 +201,19 @@ def test_the_objective_says_which_penalty_is_driven(name):
   np.testing.assert_array_equal(strengths("output", 0.7).weight_L, np.float32([0.7] * LAYERS))
 
 
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_the_penalty_that_is_not_driven_has_a_schedule(name):
+  actuator = make_actuator("output", MINIMUM, MAXIMUM, 0.8, schedules.linear_warmup(4))
+  controller = SUPERVISED[name](make_watch(LAYERS), actuator, schedules.constant_schedule())
+  state, strengths = controller.init(), []
+  for count in (0, 1, 3, 4, 9):
+    state = state._replace(count=jnp.int32(count))
+    strengths.append(controller.strengths(state).weight_L)
+  np.testing.assert_array_equal(
+    strengths, np.float32([[x] * LAYERS for x in [0, 0.2, 0.6, 0.8, 0.8]])
+  )
+
+
 @pytest.mark.parametrize("signal", ["weight", "output"])
 def test_the_signal_says_which_score_is_watched(signal):
   watch = make_watch(LAYERS, signal=signal)

@@ -5,11 +5,12 @@ import math
 
 import numpy as np
 import pytest
+import tokenizers
 
 from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.data import corpus as ours
 from hgnn_moe_jax.data import examples as ex
-from hgnn_moe_jax.data.tokenizers import ByteTokenizer
+from hgnn_moe_jax.data.tokenizers import ByteTokenizer, train_bpe
 from hgnn_moe_jax.errors import ConfigError
 
 LINE = "This line is long enough to be kept: {}."
@@ -181,6 +182,32 @@ def test_evaluation_stride(tmp_path):
   validation = corpus.splits["validation"].examples
   assert validation.start_X.tolist() == [0, 2, 4]
   assert validation.skip_X.tolist() == [0, 6, 6]
+
+
+@pytest.mark.parametrize("protocol", ["packed", "lines"])
+@pytest.mark.parametrize("lossy", ["", "case", "case of training", "white space"])
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path, protocol, lossy):
+  """Or bits per byte would be of a text with less in it. Only where text is scored."""
+  tokenizer = train_bpe(["training text " * 9], 300)
+  if lossy.startswith("case"):
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+  if lossy == "white space":
+    tokenizer.decoder = tokenizers.decoders.Replace("Ġ", "")
+  tokenizer.save(str(tmp_path / "lossy.json"))
+  valid = LINE.format("kept") + "\n"
+  valid = valid.lower() if lossy == "case of training" else valid
+  write_splits(tmp_path, LINE.format("In CAPITALS") + "\n" + LINE, valid, valid)
+  given = {"tokenizer": str(tmp_path / "lossy.json"), "protocol": protocol}
+  config = make_config(tmp_path, tmp_path / "cache", **given)
+  if lossy in ("", "case of training"):
+    assert ours.load_corpus(config).splits["validation"].bytes > 5
+    return
+  with pytest.raises(ConfigError) as error:
+    ours.load_corpus(config)
+  became = {"case": "'this line is long en'", "white space": "'Thislineislongenough"}[lossy]
+  assert str(error.value).startswith(f"config.data.tokenizer={given['tokenizer']!r}: does not give")
+  assert became in str(error.value) and "use a byte-level tokenizer" in str(error.value)
+  assert not list((tmp_path / "cache").glob("tokens-*")), "nothing is kept of it"
 
 
 def test_large_vocabulary_is_stored_wide(tmp_path, monkeypatch):

@@ -163,6 +163,21 @@ def test_only_gpt2s_pattern_is_cut(tmp_path, gpt2):
   assert not ours.SubwordTokenizer(lowered, 0, "")._can_cut
 
 
+def test_an_end_of_text_that_text_can_hold(tmp_path):
+  """Not special: the library looks for it in text, whatever it is told."""
+  tokenizer = ours.train_bpe(["a b"], 300)
+  definition = json.loads(tokenizer.to_str())
+  (added,) = definition["added_tokens"]
+  path = tmp_path / "tokenizer.json"
+  path.write_text(json.dumps(definition))
+  encoded = ours.load_tokenizer(DataConfig(tokenizer=str(path)), (), tmp_path)
+  assert encoded.end_of_text not in encoded.encode(["a <|endoftext|> b"])[0]
+  added["special"] = False
+  path.write_text(json.dumps(definition))
+  with pytest.raises(ConfigError, match=r'text can hold its .*endoftext.*; write "special": true'):
+    ours.load_tokenizer(DataConfig(tokenizer=str(path)), (), tmp_path)
+
+
 def test_tokenizer_json_without_end_of_text(tmp_path):
   with pytest.raises(ConfigError, match=r"no token that ends a text; add one of <\|endoftext\|>"):
     ours.load_tokenizer(word_level(tmp_path, "<stop>"), (), tmp_path)

@@ -13,6 +13,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from hgnn_moe_jax.errors import UserError
@@ -278,6 +279,30 @@ def test_reading_changes_nothing(open_folder, tmp_path):
   assert int(reader.restore(make_state(0), 3)[0].step) == 3
   reader.close()
   assert sorted(str(f) for f in tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_that_goes_while_the_folder_is_opened(open_folder, monkeypatch):
+  """As the oldest does beside a run that trains there: it is opened again, and not for ever."""
+  save_all(open_folder(), {3: 1.0})
+  manager, calls = ocp.CheckpointManager, []
+
+  def opened(fails, error):
+    calls.clear()
+
+    def make(*args, **kwargs):
+      calls.append(None)
+      if len(calls) <= fails:
+        raise error(2, "gone")
+      return manager(*args, **kwargs)
+
+    monkeypatch.setattr(ocp, "CheckpointManager", make)
+    return open_folder(None).latest_step()
+
+  assert opened(2, FileNotFoundError) == 3 and len(calls) == 3
+  assert opened(1, NotADirectoryError) == 3 and len(calls) == 2
+  with pytest.raises(FileNotFoundError):
+    opened(100, FileNotFoundError)
+  assert len(calls) < 10
 
 
 @pytest.mark.parametrize("content", [b"", b'{"lo', b'{"lass": 0.5}', b'{"loss": "x"}', b"\xff\xfe"])

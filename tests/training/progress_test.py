@@ -1,9 +1,11 @@
 """What is shown on a terminal, in a log and elsewhere."""
 
 import sys
+import types
 
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.training import progress, report
@@ -96,6 +98,40 @@ def test_tensorboard_gets_every_number(tiny_config, tmp_path):
   assert written["train/emergency/layer_1"] == (1.0, 7)
   assert len(written) == 6 + 5 * 2  # scalars, and two layers of three arrays
   assert any(f.name.startswith("events.out") for f in (tmp_path / "tensorboard").iterdir())
+
+
+def test_tensorboard_shows_no_step_twice(tiny_config, tmp_path):
+  """A run that goes on from step 4 after it was killed at 6: what was sent of 5 and 6 is hidden."""
+  config = tiny_config(**{"training.tensorboard": True})
+  for first, steps in ((0, range(1, 7)), (4, range(5, 9))):
+    tracker = progress.Tracker(config, tmp_path, step=first)
+    for step in steps:
+      tracker.log("train", step, {"loss": 1.0})
+    tracker.close()
+  starts = []
+  for file in (tmp_path / "tensorboard").iterdir():
+    data, at = file.read_bytes(), 0
+    while at < len(data):  # length, its checksum, a record, its checksum
+      size = int.from_bytes(data[at : at + 8], "little")
+      event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+      at += size + 16
+      if event.session_log.status == event_pb2.SessionLog.START:
+        starts.append(event.step)
+  assert starts == [5]
+
+
+def test_wandb_goes_on_under_the_same_id(tiny_config, tmp_path, monkeypatch):
+  given = []
+  fake = types.SimpleNamespace(init=lambda **settings: given.append(settings))
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  config = tiny_config(**{"training.wandb_project": "p"})
+  for folder in ("one", "one", "two"):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    progress.Tracker(config, tmp_path / folder)
+  first, again, other = (settings["id"] for settings in given)
+  assert first == again != other and len(first) == 32
+  assert all(settings["resume"] == "allow" for settings in given)
+  assert given[0]["project"] == "p" and given[0]["config"] == config.to_dict()
 
 
 @pytest.mark.parametrize(

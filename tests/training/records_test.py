@@ -65,6 +65,27 @@ def test_metric_writer_appends_and_cuts(tmp_path):
   ]
 
 
+def test_what_was_scored_beside_training_is_not_cut(tmp_path):
+  """An evaluation that somebody asked for between two parts of a run: nobody writes it again."""
+  writer = records.MetricWriter(tmp_path)
+  writer.write("train", 1, loss=2.0)
+  kept = writer.flush()
+  writer.write("eval", 2, split="validation", loss=1.0)
+  writer.write("eval", 1, split="test", checkpoint="best", loss=3.0)
+  writer.write("event", 2, name="checkpoint")
+  writer.write("eval", 1, split="test", checkpoint="last", loss=4.0)
+  writer.close()
+  path = tmp_path / "metrics.jsonl"
+  whole = path.read_bytes()
+  path.write_bytes(whole + whole.splitlines()[-1][:-3])  # the last one again, cut short
+  for _ in range(2):
+    writer = records.MetricWriter(tmp_path, keep_bytes=kept)
+    writer.write("train", 2, loss=1.5)
+    writer.close()
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [line["loss"] for line in lines] == [2.0, 3.0, 4.0, 1.5]
+
+
 def test_write_json_replaces_as_a_whole(tmp_path):
   path = tmp_path / "new" / "summary.json"
   records.write_json(path, {"a": 1})
