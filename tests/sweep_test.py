@@ -188,15 +188,15 @@ def test_a_request_to_stop_is_handed_on_and_waited_for(tmp_path, number):
   """The run gets one SIGTERM, whatever came; it ends in its own time and says how."""
   told = tmp_path / "told"
   child = f"""
-import pathlib, signal, sys, time
-told = pathlib.Path({str(told)!r})
+import os, pathlib, signal, sys, time
+parent, told = os.getppid(), pathlib.Path({str(told)!r})
 def ask(number, frame):
   time.sleep(0.5)  # it saves
   told.write_text(told.read_text() + f"{{signal.Signals(number).name}} ")
 for number in (signal.SIGINT, signal.SIGTERM):
   signal.signal(number, ask)
 told.write_text("ready ")
-while "SIG" not in told.read_text():
+while "SIG" not in told.read_text() and os.getppid() == parent:  # Not for ever, whatever fails.
   time.sleep(0.01)
 time.sleep(0.2)
 sys.exit(75)
@@ -209,11 +209,14 @@ with stop_requests() as stop:
   sys.exit(sweep._run_process([sys.executable, "-c", {child!r}], stop))
 """
   process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, process_group=0)
-  while not told.exists():
-    time.sleep(0.05)
-  os.killpg(process.pid, number)  # as a terminal does: to all of the group
-  assert process.wait() == 75
-  assert told.read_text() == "ready SIGTERM "
+  try:
+    while not told.exists():
+      time.sleep(0.05)
+    os.killpg(process.pid, number)  # as a terminal does: to all of the group
+    assert process.wait(timeout=60) == 75
+    assert told.read_text() == "ready SIGTERM "
+  finally:
+    process.kill()
 
 
 def test_commands_can_be_seen_and_written(run_sweep, tmp_path):
