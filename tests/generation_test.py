@@ -195,6 +195,14 @@ def test_text_piece_by_piece_is_the_text_of_all_tokens(ids, stop):
     assert wanted.startswith(told) and (row.ended != "length" or told == wanted)
 
 
+def test_a_character_across_the_border_of_settled_text():
+  """Sixteen tokens are decoded together, or as many more as a character needs."""
+  row = generation._Row(ByteTokenizer(), 0, "p", [ord("p")], (), None)
+  for token in ("a" + "é" * 30).encode():
+    row.add(token, 0)
+  assert row.result().text == "a" + "é" * 30
+
+
 def test_long_text_is_not_decoded_again_and_again():
   """What a token costs does not grow: at most so many are decoded for each."""
   counted = []

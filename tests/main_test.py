@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 
+import jax
 import pytest
 
 from hgnn_moe_jax import main
@@ -274,7 +275,10 @@ def test_a_run_from_start_to_text(cli, tiny_config, config_file, tmp_path, share
   assert (again.status, again.err) == (0, "")
   assert again.out.split("best ")[1] == first.out.split("best ")[1]
 
+  kept = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", None)  # as in a process of its own
   scored = cli("--mode=evaluate", f"--workdir={workdir}", "--split=test", "--stride=5")
+  assert jax.config.jax_compilation_cache_dir == kept
   assert scored.status == 0
   assert re.match(r"test, step 12, [\d,]+ tokens\n  token perplexity [\d.]+\n", scored.out)
   last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])

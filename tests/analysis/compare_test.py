@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hgnn_moe_jax.analysis import compare
+from hgnn_moe_jax.analysis import compare, figures
 from hgnn_moe_jax.analysis.runs import read_run
 from hgnn_moe_jax.errors import UserError
 
@@ -90,6 +90,16 @@ def test_the_page_holds_everything(groups, tmp_path, read_page):
                "token perplexity after 20 s"):  # fmt: skip
     assert said in text
   assert "Left out" not in text
+
+
+def test_models_of_several_widths_have_several_levels_of_chance(groups, tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(figures, "draw_chance", lambda axes, level, named: drawn.append(level))
+  groups["a"] = [run._replace(chance={**run.chance, "output_specialization": 0.7}) for run in
+                 groups["a"]]  # fmt: skip
+  figures.comparison(groups, tmp_path / "comparison.png")
+  # Of two layers; the strengths have none.
+  assert sorted(level for level in drawn if level) == [0.7, 0.7, 0.8, 0.8, 0.99, 0.99]
 
 
 def test_it_leaves_out_what_a_run_has_not_logged(groups, tmp_path, read_page, drawn):

@@ -231,6 +231,16 @@ def test_no_line_is_long_enough(tmp_path):
     ours.load_corpus(make_config(tmp_path, tmp_path / "cache", protocol="lines"))
 
 
+def test_no_word_is_scored(tmp_path):
+  """Of each line the second character only, a space: there is no perplexity of no word."""
+  spaced = "I " + LINE + "\n"
+  write_splits(tmp_path, 2 * (LINE + "\n"), spaced, spaced)
+  config = make_config(tmp_path, tmp_path / "cache", protocol="lines")
+  config.model.max_length = 2
+  with pytest.raises(ConfigError, match=r"protocol='lines': no word in validation; use packed"):
+    ours.load_corpus(config)
+
+
 def test_one_token_is_enough_to_be_scored(tmp_path):
   corpus = ours.load_corpus(make_config(write_splits(tmp_path, valid="a"), tmp_path / "cache"))
   assert (corpus.splits["validation"].tokens, corpus.splits["validation"].words) == (1, 1)

@@ -5,6 +5,8 @@ import math
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from hgnn_moe_jax import config_rules
@@ -101,6 +103,25 @@ def test_only_what_a_run_alone_reads_is_left_out(tiny_config, monkeypatch):
   assert assembly.assemble_sized(with_fields(config, {"seed": 7, "name": "b"}), V, STEPS) == key
   for other in ((V + 1, STEPS), (V, STEPS + 1), (V, STEPS, None, 3)):
     assert assembly.assemble_sized(config, *other) != key
+
+
+@pytest.mark.parametrize("controller", ["constant", "adaptive", "feedback"])
+def test_every_strength_of_orthogonality_warms_up(tiny_config, controller):
+  """Also that of the penalty which the controller does not drive."""
+  config = tiny_config(
+    **{
+      "adaptive.controller": controller,
+      "adaptive.objective": "output",
+      "orthogonality.weight_strength": 0.4,
+      "orthogonality.output_strength": 0.0,
+      "orthogonality.warmup_steps": 4,
+    }
+  )
+  control = assembly.assemble_sized(config, V, STEPS).controller
+  state, strengths = control.init(), []
+  for count in (0, 1, 4, 9):
+    strengths.append(control.strengths(state._replace(count=jnp.int32(count))).weight_L[0])
+  np.testing.assert_allclose(strengths, [0.0, 0.1, 0.4, 0.4], rtol=1e-6)
 
 
 def test_what_an_assembly_is_made_from_stays(tiny_config):

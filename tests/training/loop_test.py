@@ -193,13 +193,18 @@ def test_memory_for_checkpoints_is_reserved_before_training(tiny_config, tmp_pat
   assert steps == [0]
 
 
-def test_interrupted_twice_by_ctrl_c(tiny_config, tmp_path, stop_at, assert_same_run):
+def test_interrupted_twice_by_ctrl_c(tiny_config, tmp_path, stop_at, assert_same_run, monkeypatch):
+  told, tracker = [], loop.Tracker
+  monkeypatch.setattr(
+    loop, "Tracker", lambda *args, **given: told.append(given["step"]) or tracker(*args, **given)
+  )
   for step in (2, 7):
     stop_at(step, signal.SIGINT)
     with pytest.raises(Preempted):
       loop.train(tiny_config(), tmp_path, quiet=True)
   loop.train(tiny_config(), tmp_path, quiet=True)
   assert_same_run(tmp_path)
+  assert told[0] == 0 < told[1] < told[2], "where it goes on"
 
 
 def test_a_stop_that_arrives_late_loses_no_record(
