@@ -84,8 +84,8 @@ def test_what_was_scored_beside_training_is_not_cut(tmp_path, cut):
     writer = records.MetricWriter(tmp_path, keep_bytes=kept)
     writer.write("train", 2, loss=1.5)
     writer.close()
-  lines = [json.loads(line) for line in path.read_text().splitlines()]
-  assert [line["loss"] for line in lines] == [2.0, 3.0, 4.0, 1.5]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [2.0, 3.0, 4.0, 1.5]
 
 
 def test_write_json_replaces_as_a_whole(tmp_path):
