@@ -13,6 +13,7 @@ import itertools
 import json
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from ml_collections import config_flags
 
 from hgnn_moe_jax import cli
 from hgnn_moe_jax.config import Config, with_fields
-from hgnn_moe_jax.errors import ConfigError, UserError
+from hgnn_moe_jax.errors import ConfigError, Preempted, UserError
 from hgnn_moe_jax.training import run_folder
 from hgnn_moe_jax.training.processes import stop_requests
 
@@ -254,6 +255,8 @@ def _run_one(number: str, job: Job, ended: bool, stop: threading.Event) -> None:
 
 def _run_process(words: Sequence[str], stop: threading.Event) -> int:
   """Runs a command to its end; its exit status. A request to stop is handed on, and waited for."""
+  if stop.is_set():
+    return Preempted.exit_status
   # In a group of its own: Ctrl-C would reach the run twice, and the second one ends it unsaved.
   with subprocess.Popen(words, stdout=subprocess.DEVNULL, process_group=0) as process:
     try:
@@ -265,6 +268,8 @@ def _run_process(words: Sequence[str], stop: threading.Event) -> int:
     finally:  # A second request: the run gets a second one, too.
       if process.poll() is None:
         process.terminate()
+  if stop.is_set() and status == -signal.SIGTERM:  # It came before the run had anything to save.
+    return Preempted.exit_status
   return status if status >= 0 else 128 - status  # As shells tell of a signal.
 
 

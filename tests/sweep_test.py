@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -217,6 +218,17 @@ with stop_requests() as stop:
     assert told.read_text() == "ready SIGTERM "
   finally:
     process.kill()
+
+
+def test_a_request_that_comes_early_or_not_at_all():
+  """Before a run begins, and before it listens; its own end is told as a shell would."""
+  stop = threading.Event()
+  status = lambda code: sweep._run_process([sys.executable, "-c", code], stop)  # noqa: E731
+  assert status("import sys; sys.exit(3)") == 3
+  assert status("import os; os.kill(os.getpid(), 9)") == 137
+  threading.Timer(0.5, stop.set).start()
+  assert status("import time; time.sleep(60)") == 75
+  assert status("raise AssertionError('it was started')") == 75
 
 
 def test_commands_can_be_seen_and_written(run_sweep, tmp_path):
