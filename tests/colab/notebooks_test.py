@@ -169,7 +169,7 @@ def test_adaptive_vs_static(execute):
 
 def test_collapse_and_recovery(execute):
   folder, printed, figures = execute("collapse_and_recovery")
-  results = folder / "collapse_drill-400-steps"
+  results = folder / "collapse_drill-400-steps-seed-42"
   drill = json.loads((results / "drill.json").read_text())
   outcomes = {outcome["arm"]: outcome for outcome in drill["arms"]}
   assert list(outcomes) == ["none", "constant", "adaptive_boost"] and drill["fault_step"] == 12
