@@ -22,10 +22,12 @@ def prompts(given: Sequence[str], file: str | None) -> list[str]:
       in it.
   """
   for text in given:
-    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+    try:
+      text.encode()
+    except UnicodeEncodeError:  # A byte of the command line that was no text.
       raise UserError(
         f"--prompt={text!r}: not UTF-8; give text, or write it to a file for --prompts"
-      )
+      ) from None
   lines: list[str] = []
   if file is not None:
     try:

@@ -52,9 +52,9 @@ def comparable(run: RunData, other: RunData) -> str:
     return "they were trained on different texts or tokenizers"
   if run.train["step"][-1] != other.train["step"][-1]:
     return f"they have {run.train['step'][-1]} and {other.train['step'][-1]} steps"
-  strides = run.config.evaluation.stride, other.config.evaluation.stride
-  if strides[0] != strides[1]:
-    return "they were scored with evaluation.stride={} and {}".format(*strides)
+  ours, theirs = run.config.evaluation.stride, other.config.evaluation.stride
+  if ours != theirs:
+    return f"they were scored with evaluation.stride={ours} and {theirs}"
   return ""
 
 

@@ -61,6 +61,7 @@ def group_runs(named: Sequence[tuple[str, RunData]]) -> dict[str, list[RunData]]
   return {name: sorted(group, key=lambda run: run.config.seed) for name, group in groups.items()}
 
 
+# The fields that decide these are known to `sweep`, which refuses a grid over them beforehand.
 _MUST_AGREE: dict[str, Any] = {
   "text": lambda run: run.data.get("fingerprint"),
   "steps": lambda run: run.summary["steps"],

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from hgnn_moe_jax.config import Config, DataConfig
+from hgnn_moe_jax.config_rules import TOKENIZERS
 from hgnn_moe_jax.data import cache
 from hgnn_moe_jax.data.examples import Examples, line_examples, scored_targets, stream_examples
 from hgnn_moe_jax.data.sources import SPLITS, Documents, load_documents, statistics
-from hgnn_moe_jax.data.tokenizers import Tokenizer, is_file, load_tokenizer
+from hgnn_moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from hgnn_moe_jax.errors import ConfigError
 
 _TOKENS_VERSION = 1  # Raise it when the same text and tokenizer give other tokens or counts.
@@ -101,35 +102,6 @@ def unigram_perplexity(corpus: Corpus) -> float:
   return float(np.exp(-(validation @ log_probability) / validation.sum()))
 
 
-def _scored_texts(documents: Sequence[str], protocol: str) -> list[str]:
-  """What the protocol encodes, one by one."""
-  if protocol == "packed":
-    return list(documents)
-  lines = (line.strip() for text in documents for line in text.split("\n"))
-  return [line for line in lines if len(line) >= _SHORTEST_LINE]
-
-
-def require_faithful(documents: Sequence[str], tokenizer: Tokenizer, data: DataConfig) -> None:
-  """Raises ConfigError if the tokens do not give back the text that is scored.
-
-  Word perplexity and bits per byte count the words and bytes of the text: where tokens say less
-  than it (unknown words, letter case, white space), both would be too good.
-  """
-  texts = _scored_texts(documents, data.protocol)
-  for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
-    decoded = tokenizer.decode(ids.tolist())
-    if decoded != text:
-      pairs = enumerate(zip(decoded, text, strict=False))
-      first = next((k for k, (a, b) in pairs if a != b), min(len(decoded), len(text)))
-      near = slice(max(0, first - 10), first + 20)
-      raise ConfigError(
-        "data.tokenizer",
-        data.tokenizer,
-        f"does not give the text back: {text[near]!r} becomes {decoded[near]!r}, so that word "
-        "perplexity and bits per byte would not be of this text; use a byte-level tokenizer",
-      )
-
-
 def tokenize_packed(documents: Sequence[str], tokenizer: Tokenizer) -> Tokenized:
   """One stream: an end of text as context, then the documents.
 
@@ -151,7 +123,7 @@ def tokenize_lines(documents: Sequence[str], tokenizer: Tokenizer, max_length: i
   of a word that begins in the first token counts as a word, a character that the cut at T divides
   counts as U+FFFD.
   """
-  kept = _scored_texts(documents, "lines")
+  kept = _encoded_texts(documents, "lines")
   ids = [line_ids[:max_length] for line_ids in tokenizer.encode(kept)]
   size_X = np.asarray([line_ids.size for line_ids in ids], np.int32)
   scored = statistics([tokenizer.decode(line_ids[1:].tolist()) for line_ids in ids])
@@ -163,6 +135,14 @@ def tokenize_lines(documents: Sequence[str], tokenizer: Tokenizer, max_length: i
     "bytes": scored.bytes,
   }
   return Tokenized(np.concatenate([np.zeros(0, np.int32), *ids]), size_X, counts)
+
+
+def _encoded_texts(documents: Sequence[str], protocol: str) -> list[str]:
+  """What the protocol encodes, one by one."""
+  if protocol == "packed":
+    return list(documents)
+  lines = (line.strip() for text in documents for line in text.split("\n"))
+  return [line for line in lines if len(line) >= _SHORTEST_LINE]
 
 
 def _fingerprint(documents: Documents, tokenizer: Tokenizer, config: Config) -> str:
@@ -184,9 +164,9 @@ def _cached_tokens(
 
   def write(folder: pathlib.Path) -> dict[str, dict[str, int]]:
     details = {}
-    if is_file(config.data.tokenizer):  # The project's own are byte-level.
+    if config.data.tokenizer not in TOKENIZERS:  # A file; the project's own lose nothing.
       for name in ("validation", "test"):
-        require_faithful(documents[name], tokenizer, config.data)
+        _require_faithful(documents[name], tokenizer, config.data)
     for name in SPLITS:
       if config.data.protocol == "lines":
         split = tokenize_lines(documents[name], tokenizer, config.model.max_length)
@@ -218,6 +198,27 @@ def _split(tokenized: Tokenized, max_length: int, stride: int) -> Split:
   else:
     examples = line_examples(tokens, tokenized.size_X)
   return Split(examples, counts["tokens"], counts["words"] + counts["line_ends"], counts["bytes"])
+
+
+def _require_faithful(documents: Sequence[str], tokenizer: Tokenizer, data: DataConfig) -> None:
+  """Raises ConfigError if the tokens do not give back the text that is scored.
+
+  Word perplexity and bits per byte count the words and bytes of the text: where tokens say less
+  than it (unknown words, letter case, white space), both would be too good.
+  """
+  texts = _encoded_texts(documents, data.protocol)
+  for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
+    decoded = tokenizer.decode(ids.tolist())
+    if decoded != text:
+      pairs = enumerate(zip(decoded, text, strict=False))
+      first = next((k for k, (a, b) in pairs if a != b), min(len(decoded), len(text)))
+      near = slice(max(0, first - 10), first + 20)
+      raise ConfigError(
+        "data.tokenizer",
+        data.tokenizer,
+        f"does not give the text back: {text[near]!r} becomes {decoded[near]!r}, so that word "
+        "perplexity and bits per byte would not be of this text; use a byte-level tokenizer",
+      )
 
 
 def _require_content(name: str, split: Split, config: Config) -> None:

@@ -65,11 +65,6 @@ class Tokenizer(Protocol):
     ...
 
 
-def is_file(name: str) -> bool:
-  """Whether `data.tokenizer` names a file of the user's, not one of the project's own."""
-  return name not in ("gpt2", "bpe", "bytes")
-
-
 def load_tokenizer(
   config: DataConfig, train_documents: Sequence[str], cache_dir: pathlib.Path
 ) -> Tokenizer:
