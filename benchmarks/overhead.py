@@ -49,7 +49,8 @@ Init = Callable[[], Any]
 
 def step_without(config: Config, vocab_size: int) -> tuple[Step, Init]:
   """A step that knows cross-entropy only, and what makes its state: (params, opt_state, key)."""
-  model = language_model.build(config.model, vocab_size, measure=lambda updates, weights: ())
+  remat = config.training.remat
+  model = language_model.build(config.model, vocab_size, lambda updates, weights: (), remat)
   shapes = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
   learning_rate = optimizers.learning_rate_schedule(config.training, 1000)
   optimizer = optimizers.build(config.training, learning_rate, shapes)

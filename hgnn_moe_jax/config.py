@@ -52,6 +52,7 @@ class ModelConfig:
   dropout: float = 0.1
   max_length: int = 128  # context in tokens, T
   compute_dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on accelerators only
+  unrolled_layers: int = _free(4)  # a deeper model runs in a loop: compiles sooner, runs slower
 
   def hyperedge_list(self) -> tuple[tuple[int, ...], ...]:
     """Hyperedges as tuples of experts; none for one expert. Raises ConfigError if malformed."""
@@ -170,7 +171,7 @@ class TrainingConfig:
   beta2: float = 0.999
   clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
   ema_decay: float = 0.0  # 0 = none; else evaluation uses the moving average of the parameters
-  remat: bool = False  # recompute a layer's activations in the backward pass
+  remat: bool = _free(False)  # recompute a layer's activations in the backward pass
   steps_per_dispatch: int = _free(8)  # optimizer steps per call of the compiled function
   log_every: int = _free(1)
   checkpoint_every: int = _free(500)  # steps; the last step is always saved

@@ -53,6 +53,7 @@ _RANGES = {
   "model.coupler_layers": (1, math.inf),
   "model.dropout": (0.0, 0.99),
   "model.max_length": (2, math.inf),
+  "model.unrolled_layers": (1, math.inf),
   "data.vocab_size": (258, math.inf),
   "data.split_seed": (0, math.inf),
   "orthogonality.weight_strength": (0.0, math.inf),

@@ -88,7 +88,7 @@ def test_difference_names_what_changes_a_run_and_nothing_else():
   }
   assert free == {
     *("path", "cache_dir", "placement", "steps_per_dispatch", "log_every", "checkpoint_every"),
-    *("keep_checkpoints", "tensorboard", "wandb_project"),
+    *("keep_checkpoints", "tensorboard", "wandb_project", "remat", "unrolled_layers"),
     "batch_size",  # of the evaluation
     *("data", "expert", "model", "fsdp"),
   }

@@ -125,12 +125,9 @@ def _share(y_EBTD: jax.Array, gate_BTE: jax.Array, z_BTD: jax.Array) -> jax.Arra
   return gate_BTE * along_BTE / jnp.maximum(jnp.square(z_BTD).sum(-1, keepdims=True), 1e-24)
 
 
-_MOST_UNROLLED = 4
-
-
-def _keeps_products_only(num_layers: int) -> bool:
+def _keeps_products_only(config: ModelConfig) -> bool:
   """On accelerators, and on CPU in a loop: there everything else is moved more than it is worth."""
-  return jax.default_backend() != "cpu" or num_layers > _MOST_UNROLLED
+  return jax.default_backend() != "cpu" or config.num_layers > config.unrolled_layers
 
 
 def _is_product(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -145,16 +142,16 @@ def _is_product(primitive: Any, *_: Any, **params: Any) -> bool:
   return name == "dot_general" or name.startswith("dot_product_attention_fwd")
 
 
-def _unroll(num_layers: int) -> int:
-  """Layers per turn of the loop: all of up to four, else one.
+def _unroll(config: ModelConfig) -> int:
+  """Layers per turn of the loop: all of up to `unrolled_layers`, four by default, else one.
 
   A loop copies activations into stacks and out of them again; a model of two to four layers
   unrolled took 2/3 of the time on CPU and 3/4 on a GPU. Compile time stays bounded however deep the
   model is. Many CPU devices are for trying things out: there compiling is what takes long.
   """
-  if num_layers > _MOST_UNROLLED or (jax.default_backend() == "cpu" and on_mesh()):
+  if config.num_layers > config.unrolled_layers or (jax.default_backend() == "cpu" and on_mesh()):
     return 1
-  return num_layers
+  return config.num_layers
 
 
 class Network(nn.Module):
@@ -210,7 +207,7 @@ class Network(nn.Module):
       x_BTD, report = self._read_layers(x_BTD, position_BT, weights_BT, caches)
       return LayerNorm(name="final_norm")(x_BTD), report
     layer = CoupledLayer
-    if self.remat or _keeps_products_only(c.num_layers):
+    if self.remat or _keeps_products_only(c):
       policy = None if self.remat else _is_product
       layer = nn.remat(CoupledLayer, prevent_cse=False, policy=policy)
     # Flax's annotation of in_axes knows integers only.
@@ -222,7 +219,7 @@ class Network(nn.Module):
       split_rngs={"params": True},
       in_axes=in_axes,
       length=c.num_layers,
-      unroll=1 if self.is_initializing() else _unroll(c.num_layers),
+      unroll=1 if self.is_initializing() else _unroll(c),
       # The check traces the layer a second time, for broadcast variables, of which there are none.
       # It also decides how keys are split: without it, a seed would draw other parameters.
       check_constancy_invariants=self.is_initializing(),

@@ -1,5 +1,6 @@
 """The whole model: causality, interchangeable experts, loss, scan, dropout, Aux, size."""
 
+import dataclasses
 import functools
 import math
 from types import SimpleNamespace
@@ -89,7 +90,7 @@ def pulled(built):
 @pytest.fixture
 def loop(monkeypatch):
   """Layers stay a loop, as on accelerators; unrolled they take longer to compile."""
-  monkeypatch.setattr(language_model, "_unroll", lambda num_layers: 1)
+  monkeypatch.setattr(language_model, "_unroll", lambda config: 1)
 
 
 _TRIPLETS = {"hyperedges": "triplets", "hyperedge_attention": True}
@@ -246,7 +247,7 @@ def dropped(built):
 
     run = jax.jit(jax.value_and_grad(total, has_aux=True))
     with pytest.MonkeyPatch.context() as patch:  # as in `loop`
-      patch.setattr(language_model, "_unroll", lambda num_layers: 1)
+      patch.setattr(language_model, "_unroll", lambda config: 1)
       return run.lower(params, jax.random.key(0)).compile(), params
 
   return make
@@ -290,7 +291,7 @@ def test_keeping_products_only_changes_nothing(coupler, loop, monkeypatch):
     return jnp.sum(x_BTD * _normal(0, B, T, D)) + jnp.sum(aux.measured.overlap_EE)
 
   everything, value = _kept(model, params), jax.jit(jax.value_and_grad(total))(params)
-  monkeypatch.setattr(language_model, "_keeps_products_only", lambda num_layers: True)
+  monkeypatch.setattr(language_model, "_keeps_products_only", lambda config: True)
   products = _kept(model, params)
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
@@ -319,9 +320,35 @@ def test_products_and_fused_attention_are_kept():
 )
 def test_compilation_does_not_grow_with_depth(backend, products_only, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
-  depths = (1, 4, 12)
-  assert [language_model._unroll(layers) for layers in depths] == [1, 4, 1]
-  assert [language_model._keeps_products_only(layers) for layers in depths] == products_only
+  configs = [ModelConfig(num_layers=layers) for layers in (1, 4, 12)]
+  assert [language_model._unroll(config) for config in configs] == [1, 4, 1]
+  assert [language_model._keeps_products_only(config) for config in configs] == products_only
+  deep = ModelConfig(num_layers=12, unrolled_layers=12)
+  assert language_model._unroll(deep) == 12
+  assert language_model._keeps_products_only(deep) == (backend != "cpu")
+
+
+@pytest.mark.parametrize(("layers", "other"), [(2, 1), (5, 5)])
+def test_unrolled_layers_change_nothing(layers, other):
+  """But what is compiled: two loops over layers, there and back, or none."""
+  config = _config(2, "graph", num_layers=layers, dropout=0.5)
+
+  def run(unrolled_layers):
+    changed = dataclasses.replace(config, unrolled_layers=unrolled_layers)
+    model = language_model.build(changed, V, update_overlap)
+    params = model.init(jax.random.key(0))
+
+    def total(params):
+      x_BTD, aux = model.features(params, _inputs(), jnp.ones((B, T)), jax.random.key(1))
+      return jnp.sum(x_BTD * _normal(0, B, T, D)) + jnp.sum(aux.measured.overlap_EE)
+
+    lowered = jax.jit(jax.value_and_grad(total)).lower(params)
+    return lowered.compile()(params), lowered.as_text().count("stablehlo.while")
+
+  (found, loops), (changed, other_loops) = run(4), run(other)
+  assert abs(loops - other_loops) == 2
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  jax.tree.map(close, changed, found)
 
 
 def test_dropout_follows_its_key_alone(dropped):
