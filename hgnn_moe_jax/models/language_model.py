@@ -142,14 +142,17 @@ def _is_product(primitive: Any, *_: Any, **params: Any) -> bool:
   return name == "dot_general" or name.startswith("dot_product_attention_fwd")
 
 
-def _unroll(config: ModelConfig) -> int:
+def _unroll(config: ModelConfig, remat: bool) -> int:
   """Layers per turn of the loop: all of up to `unrolled_layers`, four by default, else one.
 
   A loop copies activations into stacks and out of them again; a model of two to four layers
   unrolled took 2/3 of the time on CPU and 3/4 on a GPU. Compile time stays bounded however deep the
-  model is. Many CPU devices are for trying things out: there compiling is what takes long.
+  model is. Many CPU devices are for trying things out: there compiling is what takes long. Only a
+  loop computes again what it is told to: of unrolled layers XLA finds both computations, and keeps
+  the result of the first.
   """
-  if config.num_layers > config.unrolled_layers or (jax.default_backend() == "cpu" and on_mesh()):
+  trying_out = jax.default_backend() == "cpu" and on_mesh()
+  if remat or trying_out or config.num_layers > config.unrolled_layers:
     return 1
   return config.num_layers
 
@@ -219,7 +222,7 @@ class Network(nn.Module):
       split_rngs={"params": True},
       in_axes=in_axes,
       length=c.num_layers,
-      unroll=1 if self.is_initializing() else _unroll(c),
+      unroll=1 if self.is_initializing() else _unroll(c, self.remat),
       # The check traces the layer a second time, for broadcast variables, of which there are none.
       # It also decides how keys are split: without it, a seed would draw other parameters.
       check_constancy_invariants=self.is_initializing(),

@@ -77,11 +77,13 @@ def test_the_overhead_on_a_gpu_is_the_measured_one():
     ("sweeps_cpu", train_step, "performance.md"),
     ("sparse_cpu", train_step, "performance.md"),
     ("accumulation_cpu", train_step, "performance.md"),
+    ("layers_cpu", train_step, "performance.md"),
     ("dispatch_cpu", train_step, "performance.md"),
     ("generation_cpu", generation, "performance.md"),
     ("data_cpu", data, "performance.md"),
     ("scaling_h200", scaling, "scaling.md"),
     ("memory_a100", memory, "gpus-and-clusters.md"),
+    ("layers_h200", memory, "gpus-and-clusters.md"),
   ],
 )
 def test_a_benchmarks_table_is_the_measured_one(name, benchmark, where):

@@ -90,7 +90,7 @@ def pulled(built):
 @pytest.fixture
 def loop(monkeypatch):
   """Layers stay a loop, as on accelerators; unrolled they take longer to compile."""
-  monkeypatch.setattr(language_model, "_unroll", lambda config: 1)
+  monkeypatch.setattr(language_model, "_unroll", lambda config, remat: 1)
 
 
 _TRIPLETS = {"hyperedges": "triplets", "hyperedge_attention": True}
@@ -247,7 +247,7 @@ def dropped(built):
 
     run = jax.jit(jax.value_and_grad(total, has_aux=True))
     with pytest.MonkeyPatch.context() as patch:  # as in `loop`
-      patch.setattr(language_model, "_unroll", lambda config: 1)
+      patch.setattr(language_model, "_unroll", lambda config, remat: 1)
       return run.lower(params, jax.random.key(0)).compile(), params
 
   return make
@@ -265,6 +265,24 @@ def test_rematerialisation_changes_nothing(dropped):
   remat_model = language_model.build(_config(2, "mean"), V, _updates, remat=True)
   jaxpr = jax.make_jaxpr(jax.grad(lambda p: remat_model.logits(p, _inputs()).sum()))(params)
   assert "remat" in str(jaxpr) or "checkpoint" in str(jaxpr)
+
+
+def test_rematerialisation_saves_memory():
+  """By what XLA plans: of unrolled layers it finds both computations, and keeps the first."""
+  config = _config(2, "mean", num_layers=4, max_length=64)
+  shapes = (jax.ShapeDtypeStruct((16, 64), jnp.int32), jax.ShapeDtypeStruct((16, 64), jnp.float32))
+
+  def temporary(remat):
+    model = language_model.build(config, V, update_overlap, remat)
+
+    def total(params, inputs_BT, weights_BT):
+      return model.features(params, inputs_BT, weights_BT, None)[0].sum()
+
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    compiled = jax.jit(jax.grad(total)).lower(params, *shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporary(True) < 0.6 * temporary(False)
 
 
 def _kept(model, params):
@@ -321,10 +339,11 @@ def test_products_and_fused_attention_are_kept():
 def test_compilation_does_not_grow_with_depth(backend, products_only, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   configs = [ModelConfig(num_layers=layers) for layers in (1, 4, 12)]
-  assert [language_model._unroll(config) for config in configs] == [1, 4, 1]
+  assert [language_model._unroll(config, False) for config in configs] == [1, 4, 1]
+  assert [language_model._unroll(config, True) for config in configs] == [1, 1, 1]
   assert [language_model._keeps_products_only(config) for config in configs] == products_only
   deep = ModelConfig(num_layers=12, unrolled_layers=12)
-  assert language_model._unroll(deep) == 12
+  assert language_model._unroll(deep, False) == 12
   assert language_model._keeps_products_only(deep) == (backend != "cpu")
 
 
