@@ -61,6 +61,14 @@ def test_the_overhead_table_is_the_measured_one():
     assert ratio == ("1" if r["ratio_low"] == r["ratio_high"] == 1.0 else told)
 
 
+def test_the_overhead_of_other_forms_is_the_measured_one():
+  result = json.loads((ROOT / "benchmarks" / "results" / "overhead_forms_cpu.json").read_text())
+  text = page("performance.md")
+  for forms, found in result["forms"].items():
+    row = overhead.table({forms: found["steps"]["adaptive both"]}).splitlines()[-1]
+    assert row in text
+
+
 def test_the_overhead_on_a_gpu_is_the_measured_one():
   result = json.loads((ROOT / "benchmarks" / "results" / "overhead_h200.json").read_text())
   _, _, *lines = overhead.table(result["steps"]).splitlines()
