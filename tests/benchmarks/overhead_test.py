@@ -31,6 +31,16 @@ def test_only_the_step_without_knows_nothing_of_overlap(tiny_config):
   assert (measured.count("= abs "), without.count("= abs ")) == (3, 1), "one is not of overlaps"
 
 
+@pytest.mark.parametrize("make", [overhead.step_without, overhead.step_with])
+def test_each_step_computes_again_what_the_config_says(tiny_config, make):
+  """Parts of it are computed again in any case, such as GELU."""
+  config = tiny_config(**{"model.dropout": 0.0})
+  again = tiny_config(**{"model.dropout": 0.0, "training.remat": True})
+  batch = overhead.random_batch(config, VOCAB)
+  some, more = (primitives(*make(c, VOCAB), batch).count("policy=None") for c in (config, again))
+  assert more > some
+
+
 def test_both_steps_train_the_same_model_alike(tiny_config):
   """The same parameters give the same loss and gradient norm."""
   changes = {"orthogonality.weight_strength": 0.0, "orthogonality.output_strength": 0.0}

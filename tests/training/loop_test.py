@@ -471,6 +471,21 @@ def test_free_fields_may_change_on_the_way(
   assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_recomputation_may_begin_on_the_way(tiny_config, tmp_path, stop_at, finished, read_metrics):
+  """What somebody does who has run out of memory: results change by rounding."""
+  stop_at(5)
+  with pytest.raises(Preempted):
+    loop.train(tiny_config(), tmp_path, quiet=True)
+  changed = tiny_config(**{"training.remat": True, "model.unrolled_layers": 1})
+  loop.train(changed, tmp_path, quiet=True)
+  losses = [
+    [r["lm_loss"] for r in read_metrics(folder) if r["kind"] == "train"]
+    for folder in (tmp_path, finished)
+  ]
+  assert len(losses[0]) == 12
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 def test_other_text_is_refused(tiny_config, text_file, tmp_path):
   path = tmp_path / "text.txt"
   shutil.copy(text_file, path)
