@@ -98,7 +98,8 @@ FREE = PartitionSpec.UNCONSTRAINED
   ],
 )
 def test_on_a_mesh_each_device_compares_some_heads_or_a_part_of_each(heads, steps):
-  with jax.sharding.use_abstract_mesh(AbstractMesh((2, 2, 2), sharding.AXES)):
+  mesh = AbstractMesh((2, 2, 2), sharding.AXES, axis_types=sharding.AXIS_TYPES)
+  with jax.sharding.use_abstract_mesh(mesh):
     traced = jax.make_jaxpr(lambda w: matrices.matrices(w, "combined", stored=True))(
       _experts(32, 64, heads, E=4)
     )
