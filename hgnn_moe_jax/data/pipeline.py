@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator
 import grain
 import numpy as np
 
+from hgnn_moe_jax.data import permutation
 from hgnn_moe_jax.data.examples import Batch, Examples, gather
 from hgnn_moe_jax.errors import ConfigError
 
@@ -47,13 +48,15 @@ class Order:
     self._rows = _process_rows(batch_size, process_index, process_count)
     if not 0 <= seed < 2**32:
       raise ConfigError("seed", seed, "use a value in [0, 2**32)")
-    self._batch_size = batch_size
-    self._draws = grain.MapDataset.range(num_examples).seed(seed).shuffle().repeat()
+    self._batch_size, self._num_examples = batch_size, num_examples
+    # Epochs count on from their first one's seed. Mixed, neighbouring seeds share none; the 1 is
+    # what grain's `seed` adds for the `shuffle` that comes next.
+    self._seed = int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
 
   def indices(self, step: int) -> np.ndarray:
     """int32 [batch_size / process_count]: this process's examples of batch `step`, from 0."""
-    first = step * self._batch_size
-    return np.asarray([self._draws[first + row] for row in self._rows], np.int32)
+    first = step * self._batch_size + self._rows.start
+    return permutation.draws(first, len(self._rows), self._num_examples, self._seed)
 
 
 def host_batches(
