@@ -125,7 +125,12 @@ def summarize(found: list[Collective]) -> dict[str, float]:
 
 
 def measure(
-  shape: str, count: int, mesh: tuple[int, int, int], coupler: str, target: str = "cpu"
+  shape: str,
+  count: int,
+  mesh: tuple[int, int, int],
+  coupler: str,
+  target: str = "cpu",
+  selected: int = 0,
 ) -> dict[str, Any]:
   """One cell of the table."""
   fields, vocab_size = FAMILIES[shape]
@@ -140,19 +145,23 @@ def measure(
       "training.batch_size": per_part * mesh[0],
       "training.remat": True,
       "mesh.fsdp": True,
+      "model.selected_experts": selected,
     },
   ).validate()
   on_target = contextlib.nullcontext() if target == "cpu" else gpu_target.pretend(target, count)
   with on_target:
     cell = compile_cell(config, vocab_size, mesh)
-  flops = 3 * forward_flops(with_fields(config, {"training.batch_size": per_part}), vocab_size)
-  flops *= mesh[0]
+  # Each of the devices among which experts are split has room for all tokens to choose its experts.
+  fed = min(selected * mesh[1], config.model.num_experts)
+  part = {"training.batch_size": per_part, "model.selected_experts": fed}
+  flops = 3 * forward_flops(with_fields(config, part), vocab_size) * mesh[0]
   times = {name: predicted(cell, flops, count, device) for name, device in DEVICES.items()}
   found = cell.pop("collectives")
   return {
     "shape": shape,
     "coupler": coupler,
     "target": target,
+    "selected_experts": selected,
     "devices": count,
     "mesh": mesh,
     "batch": per_part * mesh[0],
@@ -191,6 +200,7 @@ def main() -> None:
   target = flags.DEFINE_enum(
     "target", "cpu", ["cpu", *gpu_target.TARGETS], "Whose program: no GPU has to be there."
   )
+  selected = flags.DEFINE_integer("selected_experts", 0, "Of each token; 0: all.", 0)
   out = flags.DEFINE_string("out", None, "JSON file for the result.")
 
   def run(argv: list[str]) -> None:
@@ -207,7 +217,7 @@ def main() -> None:
     for shape in shapes.value:
       for count in map(int, counts.value):
         for mesh in MESHES[shape][count]:
-          results.append(measure(shape, count, mesh, coupler.value, target.value))
+          results.append(measure(shape, count, mesh, coupler.value, target.value, selected.value))
           print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(results))
     if out.value:

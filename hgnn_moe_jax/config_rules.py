@@ -251,10 +251,3 @@ def _check_mesh(config: "Config") -> None:
   ):
     if (whole := getattr(config.model, divided.removeprefix("model."))) % size:
       raise ConfigError(field, size, f"use a divisor of {divided}={whole}")
-    if size > 1 and config.model.selected_experts:
-      raise ConfigError(
-        field,
-        size,
-        "use 1: model.selected_experts sorts tokens on each device; mesh.data and "
-        "mesh.fsdp share the work",
-      )

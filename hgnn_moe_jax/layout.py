@@ -75,9 +75,9 @@ def _token_axes(length: int) -> list[tuple[str, ...]]:
 
 
 def each_device(
-  function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: Any
+  function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any
 ) -> Callable[..., Any]:
-  """The function of each device's own parts of arrays: kernels, which the partitioner cannot split.
+  """The function of each device's own parts of arrays: what the partitioner cannot split well.
 
   Args:
     function: of arrays; on a mesh it is given the parts, and its results are parts.

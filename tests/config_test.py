@@ -120,8 +120,6 @@ REFUSED = [
     {"model.selected_experts": 5},
     r"model\.selected_experts=5: use at most model\.num_experts=4, or 0",
   ),
-  ({"model.selected_experts": 1, "mesh.expert": 2}, r"mesh\.expert=2: use 1: .* on each device"),
-  ({"model.selected_experts": 1, "mesh.model": 2}, r"mesh\.model=2: use 1: .* on each device"),
   ({"model.num_heads": "4"}, r"model\.num_heads='4': use a value of type int"),
   ({"model.num_heads": True}, r"model\.num_heads=True: use a value of type int"),
   ({"model.dropout": None}, r"model\.dropout=None: use a value of type float"),

@@ -1,4 +1,6 @@
-"""The GPU kernels, interpreted, on meshes of eight virtual devices: against those of one device.
+"""What each device does by itself, on meshes of eight virtual devices: against one device.
+
+GPU kernels are interpreted. Selected experts' feed-forward networks need none.
 
 Prints {operation: {mesh: [kernels, shard_maps, distance]}}: how many of them the program has, and
 the largest distance of an array, relative to its norm.
@@ -16,7 +18,8 @@ from jax.sharding import Mesh
 from hgnn_moe_jax import device, sharding, token_kernels, token_products
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.layout import by_token
-from hgnn_moe_jax.models import attention_kernels, head, head_kernels, language_model
+from hgnn_moe_jax.models import attention_kernels, expert, head, head_kernels, language_model
+from hgnn_moe_jax.models.routing import Route
 
 MESHES = [(2, 4, 1), (2, 2, 2)]
 B, T, E, D = 4, 8, 2, 32
@@ -57,6 +60,24 @@ def attention():
   qkv = _normal(0, B, 16, E, 3, N, H).astype(jnp.bfloat16)
   attend = functools.partial(attention_kernels.causal_attention, interpret=True)
   return _with_gradients(attend, qkv, _normal(1, E, 3, N, H))
+
+
+def chosen(rows=B):
+  """Two of eight experts for each token: those of a device's own may be all of its tokens' two."""
+  E, F, selected = 8, 16, 2
+  scores_BTE = _normal(5, rows, T, E)
+  chosen_BTE = jnp.argsort(jnp.argsort(-scores_BTE, -1), -1) < selected
+  network = _normal(0, E, D, F), _normal(1, E, F), _normal(2, E, F, D), _normal(3, E, D)
+
+  def feed(network, hidden_EBTD, factor_BTE):
+    route = Route(chosen_BTE, jnp.where(chosen_BTE, factor_BTE, 0), jnp.zeros(E), jnp.zeros(()))
+    return expert._feed_chosen(expert.FeedForward(*network), hidden_EBTD, route, selected)
+
+  return _with_gradients(feed, network, _normal(4, E, rows, T, D), jnp.exp(scores_BTE))
+
+
+def chosen_of_odd_rows():
+  return chosen(3)
 
 
 def cross_entropy():
@@ -105,5 +126,5 @@ if __name__ == "__main__":
       for name in names:
         setattr(module, name, functools.partial(getattr(module, name), interpret=True))
     head._ALIGNMENT = {}
-    operations = (mix, gram, attention, cross_entropy)
+    operations = (mix, gram, attention, chosen, chosen_of_odd_rows, cross_entropy)
     print(json.dumps({operation.__name__: _measure(operation) for operation in operations}))

@@ -299,7 +299,8 @@ print(json.dumps([(c.kind, c.devices, c.bytes, c.times) for c in found]))
 """
 
 
-def test_what_experts_say_is_exchanged_and_never_brought_together():
+@pytest.mark.parametrize("selected", [0, 1])
+def test_what_experts_say_is_exchanged_and_never_brought_together(selected):
   """On 8 devices. Left to itself the partitioner gathers or sums arrays as large as these."""
   B, T, D, L, E, V = 8, 64, 32, 5, 4, 512
   data, expert, model = mesh = (2, 2, 2)
@@ -308,6 +309,7 @@ def test_what_experts_say_is_exchanged_and_never_brought_together():
     "model.num_layers": L,
     "model.num_heads": 4,
     "model.num_experts": E,
+    "model.selected_experts": selected,
     "model.max_length": T,
     "model.coupler_layers": 1,
     "training.batch_size": B,
@@ -338,13 +340,18 @@ def test_what_experts_say_is_exchanged_and_never_brought_together():
   brought = [size for kind, _, size, _ in found if kind in ("all-gather", "all-reduce")]
   brought += [size * devices for kind, devices, size, _ in found if kind == "reduce-scatter"]
   assert max(brought) < min(experts, logits, matrices)
-  # A layer's updates go from experts to tokens, once more when they are recomputed, and back.
+  # A layer's updates go from experts to tokens, once more when they are recomputed, and back; of a
+  # router's word on a token and an expert, not all of which has to travel, at most all.
   exchanged = [entry for entry in found if entry[0] == "all-to-all" and entry[3] == L]
-  assert exchanged == [["all-to-all", expert, experts // expert, L]] * 3
+  words = [entry for entry in exchanged if entry[2] <= experts // D]
+  assert len(words) <= selected
+  updates = [entry for entry in exchanged if entry not in words]
+  assert updates == [["all-to-all", expert, experts // expert, L]] * 3
 
 
-def test_kernels_on_meshes_compute_what_they_do_on_one_device():
-  """Each device its own tokens, heads and rows. The head's need the whole vocabulary."""
+def test_what_devices_do_by_themselves_is_what_one_does():
+  """Kernels of each device's own tokens, heads and rows, and its experts' networks of the tokens
+  that have chosen them. The head's kernels need the whole vocabulary."""
   here = pathlib.Path(__file__).parent
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
   cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
@@ -356,16 +363,17 @@ def test_kernels_on_meshes_compute_what_they_do_on_one_device():
     env={**os.environ, **cache, "PYTHONPATH": str(here.parent), "XLA_FLAGS": flags},
   )
   assert done.returncode == 0, done.stderr
+  # Kernels and shard_maps: without one results are the same, but every device makes all of them.
   calls = {
-    "mix": {"2 x 4 x 1": 3, "2 x 2 x 2": 3},
-    "gram": {"2 x 4 x 1": 2, "2 x 2 x 2": 2},
-    "attention": {"2 x 4 x 1": 2, "2 x 2 x 2": 2},
-    "cross_entropy": {"2 x 4 x 1": 2, "2 x 2 x 2": 0},
+    "mix": {"2 x 4 x 1": [3, 3], "2 x 2 x 2": [3, 3]},
+    "gram": {"2 x 4 x 1": [2, 2], "2 x 2 x 2": [2, 2]},
+    "attention": {"2 x 4 x 1": [2, 2], "2 x 2 x 2": [2, 2]},
+    "chosen": {"2 x 4 x 1": [0, 2], "2 x 2 x 2": [0, 2]},
+    "chosen_of_odd_rows": {"2 x 4 x 1": [0, 2], "2 x 2 x 2": [0, 2]},
+    "cross_entropy": {"2 x 4 x 1": [2, 2], "2 x 2 x 2": [0, 0]},
   }
   found = json.loads(done.stdout)
-  assert {k: {m: count for m, (count, *_) in v.items()} for k, v in found.items()} == calls
-  # Without a shard_map results are the same, but every device makes all of them.
-  assert all(count == maps for v in found.values() for count, maps, _ in v.values())
+  assert {k: {m: counts for m, (*counts, _) in v.items()} for k, v in found.items()} == calls
   assert max(distance for v in found.values() for *_, distance in v.values()) < 1e-6
 
 

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from hgnn_moe_jax import device
 from hgnn_moe_jax.config import ModelConfig
-from hgnn_moe_jax.layout import constrain, shards
+from hgnn_moe_jax.layout import constrain, each_device, shards
 from hgnn_moe_jax.models import attention, attention_kernels, token_groups
 from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.layers import (
@@ -212,28 +213,40 @@ def _feed_all(network: FeedForward, hidden_EBTD: jax.Array) -> jax.Array:
 def _feed_chosen(
   network: FeedForward, hidden_EBTD: jax.Array, route: Route, selected: int
 ) -> jax.Array:
-  """Every token through its chosen experts, times their factors: [E, B, T, D], mostly zeros."""
-  E, B, T, D = hidden_EBTD.shape
-  dtype = hidden_EBTD.dtype
+  """Every token through its chosen experts, times their factors: [E, B, T, D], mostly zeros.
 
-  def part(hidden_END: jax.Array, chosen_EN: jax.Array) -> jax.Array:
-    groups = token_groups.group(chosen_EN, selected)
-    # Rounded behind the copies, so that the blocks' gradients are added up in float32.
+  On a mesh each device sorts its rows' tokens by its own experts, and feeds those through its part
+  of the hidden width. It has room for all tokens to choose its experts, so that none is dropped.
+  """
+  dtype, parts = hidden_EBTD.dtype, shards("model")
+  # Rows that cannot be divided, of which evaluation may have some, are fed by every device.
+  rows = "data" if hidden_EBTD.shape[1] % shards("data") == 0 else None
+
+  def own(network: FeedForward, hidden_EBTD: jax.Array, chosen_EBT: jax.Array) -> jax.Array:
+    E, _, _, D = hidden_EBTD.shape
+    groups = token_groups.group(chosen_EBT.reshape(E, -1), min(selected, E))
     in_GDF, bias_GF, out_GFD, out_bias_GD = map(groups.of_block, network)
-    places_GSD = groups.gather(hidden_END)
+    places_GSD = groups.gather(hidden_EBTD.reshape(E, -1, D))
     places = places_GSD.shape[1:2]
-    inner_GSF = jnp.einsum("GSD,GDF->GSF", places_GSD, in_GDF.astype(dtype))
+    inner_GSF = jnp.einsum("GSD,GDF->GSF", places_GSD, in_GDF)
     inner_GSF = gelu(inner_GSF + on_tokens(bias_GF, places, 1, dtype))
-    outer_GSD = jnp.einsum("GSF,GFD->GSD", inner_GSF, out_GFD.astype(dtype))
-    return groups.scatter(outer_GSD + on_tokens(out_bias_GD, places, 1, dtype), E)
+    outer_GSD = jnp.einsum("GSF,GFD->GSD", inner_GSF, out_GFD)
+    if parts > 1:
+      outer_GSD = jax.lax.psum(outer_GSD, "model")
+    fed_END = groups.scatter(outer_GSD + on_tokens(out_bias_GD, places, 1, dtype), E)
+    return fed_END.reshape(hidden_EBTD.shape)
 
-  # Each device sorts its own rows.
-  parts = shards("data") if B % shards("data") == 0 else 1
-  hidden_EsND = hidden_EBTD.reshape(E, parts, -1, D)
-  chosen_EsN = jnp.moveaxis(route.chosen_BTE, -1, 0).reshape(E, parts, -1)
-  if parts == 1:
-    fed_EsND = part(hidden_EsND[:, 0], chosen_EsN[:, 0])
-  else:
-    fed_EsND = jax.vmap(part, in_axes=1, out_axes=1, spmd_axis_name="data")(hidden_EsND, chosen_EsN)
+  chosen_EBT = jnp.moveaxis(route.chosen_BTE, -1, 0)
+  vectors, choices = PartitionSpec("expert", rows, None, None), PartitionSpec("expert", rows, None)
+  matrices = FeedForward._make(
+    PartitionSpec("expert", *axes) for axes in ((None, "model"), ("model",), ("model", None), ())
+  )
+  # Rounded before a device gathers what others have of them.
+  network = network._replace(
+    in_EDF=network.in_EDF.astype(dtype), out_EFD=network.out_EFD.astype(dtype)
+  )
+  fed_EBTD = each_device(own, (matrices, vectors, choices), vectors)(
+    network, hidden_EBTD, chosen_EBT
+  )
   factor_EBT = jnp.moveaxis(route.factor_BTE, -1, 0).astype(dtype)
-  return fed_EsND.reshape(E, B, T, D) * factor_EBT[..., None]
+  return fed_EBTD * factor_EBT[..., None]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hgnn_moe_jax.config import ModelConfig
+from hgnn_moe_jax.layout import constrain, everywhere
 from hgnn_moe_jax.models.layers import LayerNorm, expert_mean, fan_in_normal, named, normalize
 
 
@@ -49,7 +50,10 @@ class Router(nn.Module):
     share_BT = weights_BT / jnp.maximum(weights_BT.sum(), 1.0)
     load_E = jnp.einsum("BTE,BT->E", chosen_BTE.astype(jnp.float32), share_BT) / c.selected_experts
     mean_E = jnp.einsum("BTE,BT->E", probability_BTE, share_BT)
-    factor_BTE = jnp.where(chosen_BTE, E * probability_BTE, 0.0)
+    factor_BTE = everywhere(jnp.where(chosen_BTE, E * probability_BTE, 0.0))
+    # Now all tokens of a row where some of its experts are: from tokens to experts in one step is
+    # too much for the partitioner.
+    chosen_BTE = constrain(chosen_BTE, "data", None, None)
     return Route(chosen_BTE, factor_BTE, load_E, E * jnp.dot(load_E, mean_E))
 
 

@@ -39,8 +39,9 @@ class TokenGroups(NamedTuple):
     return moved_XD.reshape(num_experts, -1, x_GSD.shape[-1])
 
   def of_block(self, weights: jax.Array) -> jax.Array:
-    """Each block's part of something with a leading axis E: [G, ...]."""
-    return weights.at[self.expert_G].get(mode="promise_in_bounds", indices_are_sorted=True)
+    """Each block's part of something with a leading axis E: [G, ...]. Gradients are added up in
+    float32."""
+    return _of_block(weights, self.expert_G)
 
 
 def group(chosen_EN: jax.Array, selected: int) -> TokenGroups:
@@ -73,6 +74,28 @@ def block_size(num_experts: int, num_tokens: int, selected: int) -> int:
   quarter = max(1, num_tokens * selected // (4 * num_experts))
   size = min(_MOST, max(_LEAST, 1 << quarter.bit_length() - 1))
   return min(size, num_tokens * selected)
+
+
+@jax.custom_vjp
+def _of_block(weights: jax.Array, expert_G: jax.Array) -> jax.Array:
+  return weights.at[expert_G].get(mode="promise_in_bounds", indices_are_sorted=True)
+
+
+def _of_block_forward(weights, expert_G):
+  # The zeros tell the gradient's shape and dtype: what is kept has to be arrays.
+  return _of_block(weights, expert_G), (jnp.zeros((weights.shape[0], 0), weights.dtype), expert_G)
+
+
+def _of_block_backward(kept, grad):
+  like, expert_G = kept
+  total = jnp.zeros((like.shape[0], *grad.shape[1:]), jnp.float32)
+  total = total.at[expert_G].add(
+    grad.astype(jnp.float32), mode="promise_in_bounds", indices_are_sorted=True
+  )
+  return total.astype(like.dtype), None
+
+
+_of_block.defvjp(_of_block_forward, _of_block_backward)
 
 
 @jax.custom_vjp

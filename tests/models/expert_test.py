@@ -1,13 +1,16 @@
 """The experts' blocks against a plain pre-LN transformer, and their first draw."""
 
+import contextlib
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from benchmarks.flops import matmul_flops
+from hgnn_moe_jax import sharding
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import expert, language_model
 from hgnn_moe_jax.models.routing import Route
@@ -164,6 +167,30 @@ def test_feeding_the_chosen_is_feeding_all_and_masking(E, rows, tokens, selected
   )
   assert (np.asarray(gradients[0].in_EDF)[1] == 0).all() == (selected < E)
   assert_slopes(twin, arguments, gradients)
+
+
+def test_a_device_has_room_for_its_own_experts_tokens_only():
+  """Of the four experts of each token two at most are among a device's two, not four."""
+  E, D, F, tokens, selected = 8, 4, 8, 400, 4
+  network = expert.FeedForward(
+    *(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((E, D, F), (E, F), (E, F, D), (E, D)))
+  )
+  hidden = jax.ShapeDtypeStruct((E, 1, tokens, D), jnp.float32)
+  chosen = jax.ShapeDtypeStruct((1, tokens, E), bool)
+
+  def feed(network, hidden, chosen):
+    route = Route(chosen, chosen.astype(jnp.float32), jnp.zeros(E), jnp.zeros(()))
+    return expert._feed_chosen(network, hidden, route, selected)
+
+  places = {}
+  for parts in (1, 4):
+    axes = AbstractMesh((1, parts, 1), sharding.AXES, axis_types=sharding.AXIS_TYPES)
+    with jax.sharding.use_abstract_mesh(axes) if parts > 1 else contextlib.nullcontext():
+      jaxpr = str(jax.make_jaxpr(feed)(network, hidden, chosen))
+    blocks, size = re.search(rf":f32\[(\d+),(\d+),{F}\] = dot_general", jaxpr).groups()
+    places[parts] = int(blocks) * int(size)
+  # 1,600 and 800 pairs, and up to 31 of eight, 63 of two experts' places that stay empty.
+  assert places == {1: 57 * 32, 4: 14 * 64}
 
 
 def test_gradients_of_the_chosen_are_summed_in_float32():

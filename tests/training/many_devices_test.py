@@ -41,6 +41,7 @@ MESHES = {
   "fsdp": ("sparse", (8, 1, 1), True, "device"),
   "expert": ("graph", (2, 4, 1), False, "device"),
   "tensor": ("graph", (4, 1, 2), False, "device"),
+  "sparse experts": ("sparse", (1, 4, 2), True, "device"),
   "all at once": ("hypergraph", (2, 2, 2), True, "host"),
 }
 
