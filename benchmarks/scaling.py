@@ -131,6 +131,7 @@ def measure(
   coupler: str,
   target: str = "cpu",
   selected: int = 0,
+  optimizer: str = "adamw",
 ) -> dict[str, Any]:
   """One cell of the table."""
   fields, vocab_size = FAMILIES[shape]
@@ -146,6 +147,7 @@ def measure(
       "training.remat": True,
       "mesh.fsdp": True,
       "model.selected_experts": selected,
+      "training.optimizer": optimizer,
     },
   ).validate()
   on_target = contextlib.nullcontext() if target == "cpu" else gpu_target.pretend(target, count)
@@ -162,6 +164,7 @@ def measure(
     "coupler": coupler,
     "target": target,
     "selected_experts": selected,
+    "optimizer": optimizer,
     "devices": count,
     "mesh": mesh,
     "batch": per_part * mesh[0],
@@ -201,6 +204,7 @@ def main() -> None:
     "target", "cpu", ["cpu", *gpu_target.TARGETS], "Whose program: no GPU has to be there."
   )
   selected = flags.DEFINE_integer("selected_experts", 0, "Of each token; 0: all.", 0)
+  optimizer = flags.DEFINE_enum("optimizer", "adamw", ["adamw", "muon"], "The optimizer.")
   out = flags.DEFINE_string("out", None, "JSON file for the result.")
 
   def run(argv: list[str]) -> None:
@@ -217,7 +221,8 @@ def main() -> None:
     for shape in shapes.value:
       for count in map(int, counts.value):
         for mesh in MESHES[shape][count]:
-          results.append(measure(shape, count, mesh, coupler.value, target.value, selected.value))
+          given = coupler.value, target.value, selected.value, optimizer.value
+          results.append(measure(shape, count, mesh, *given))
           print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(results))
     if out.value:

@@ -96,14 +96,14 @@ class CoupledLayer(nn.Module):
     """x_BTD and Aux; with a cache, x_BTD and (the cache with these tokens, the experts' shares)."""
     keys = None if key is None else tuple(jax.random.split(key))
     route, E = None, self.config.num_experts
-    whole_BTD = everywhere(x_BTD)  # For the router as well: it would be gathered once more.
+    whole_BTD = everywhere(x_BTD)  # For router and pool, too: else it is gathered twice.
     if self.config.selected_experts:
       route = Router(self.config, name="router")(whole_BTD, weights_BT)
     experts = ExpertBlocks(self.config, self.dtype, name="experts")
     updates_EBTD, cache = experts(whole_BTD, position_BT, keys, cache, route)
     updates_EBTD = by_token(updates_EBTD)  # What follows is each token's own affair.
     coupled_EBTD = Coupler(self.config, self.dtype, name="coupler")(updates_EBTD)
-    z_BTD, gate_BTE = Pool(self.config, name="pool")(coupled_EBTD, x_BTD)
+    z_BTD, gate_BTE = Pool(self.config, name="pool")(coupled_EBTD, whole_BTD)
     if cache is not None:
       return x_BTD + z_BTD, (cache, _share(coupled_EBTD, gate_BTE, z_BTD))
     entropy_BT = -jnp.sum(jax.scipy.special.xlogy(gate_BTE, gate_BTE), axis=-1)

@@ -1,14 +1,18 @@
 """Optimizer, learning-rate schedule, weight-decay mask and parameter average, all from optax."""
 
+import functools
+import math
 import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from hgnn_moe_jax.config import TrainingConfig
 from hgnn_moe_jax.errors import ConfigError, UserError
+from hgnn_moe_jax.layout import FREE, constrain, each_device, on_mesh, shards
 
 # What decays, by parameter path. Each parameter must match exactly one rule, so that a new one
 # cannot slip through undecided.
@@ -119,15 +123,7 @@ def build(config: TrainingConfig, schedule: optax.Schedule, params: Any) -> Any:
   if config.optimizer == "adamw":
     parts += [optax.scale_by_adam(config.beta1, config.beta2), optax.scale(-1.0)]
   else:
-    parts.append(
-      optax.contrib.muon(
-        learning_rate=1.0,
-        adam_b1=config.beta1,
-        adam_b2=config.beta2,
-        muon_weight_dimension_numbers=_muon_axes(params),
-        consistent_rms=_MUON_RMS,
-      )
-    )
+    parts.append(_muon(config, params))
   # The direction is downhill by now, and decay points the same way.
   parts.append(optax.add_decayed_weights(-config.weight_decay, mask=decay_mask(params)))
   parts.append(optax.scale_by_schedule(schedule))
@@ -152,14 +148,86 @@ def decay_mask(params: Any) -> Any:
   return jax.tree.map_with_path(decide, params)
 
 
-def _muon_axes(params: Any) -> Any:
-  def axes(path, _):
-    for pattern, reduction, output in _MUON_RULES:
-      if re.fullmatch(pattern, _name(path)):
-        return optax.contrib.MuonDimensionNumbers(reduction, output)
-    return None
+def _muon(config: TrainingConfig, params: Any) -> Any:
+  """`optax.contrib.muon` at rate 1, whose matrices a mesh shares out."""
+  label = lambda path, _: "muon" if _muon_axes(path) else "adam"  # noqa: E731
+  matrices = optax.chain(
+    _by_matrix(
+      optax.contrib.scale_by_muon(
+        weight_dimension_numbers=lambda updates: jax.tree.map_with_path(
+          lambda path, _: _muon_axes(path), updates
+        )
+      )
+    ),
+    optax.stateless(lambda updates, _: jax.tree.map_with_path(_like_adams, updates)),
+    optax.scale(-1.0),
+  )
+  adam = optax.adamw(1.0, config.beta1, config.beta2, weight_decay=0.0, nesterov=True)
+  return optax.partition({"muon": matrices, "adam": adam}, jax.tree.map_with_path(label, params))
 
-  return jax.tree.map_with_path(axes, params)
+
+def _muon_axes(path: Any) -> Any:
+  """Input and output axes of a parameter's matrices, or None if Muon does not take it."""
+  for pattern, reduction, output in _MUON_RULES:
+    if re.fullmatch(pattern, _name(path)):
+      return optax.contrib.MuonDimensionNumbers(reduction, output)
+  return None
+
+
+def _like_adams(path: Any, update: jax.Array) -> jax.Array:
+  """An orthogonal update with the root mean square of `_MUON_RMS`."""
+  sides = [math.prod(update.shape[a] for a in axes) for axes in _muon_axes(path)]
+  return _MUON_RMS * math.sqrt(max(sides)) * update
+
+
+def _by_matrix(scale_by_muon: optax.GradientTransformation) -> optax.GradientTransformation:
+  """On a mesh each device has some of the matrices, whole.
+
+  The partitioner would split each of them as the parameters are split, and sum over devices in
+  every product of the iteration.
+  """
+
+  def update(updates, state, params=None):
+    del params
+    if not on_mesh():
+      return scale_by_muon.update(updates, state)
+    split = jax.tree.map_with_path(lambda *leaf: _whole_matrices(*leaf)[-1], updates)
+    states_split = optax.contrib.MuonState._make((PartitionSpec(), split, PartitionSpec()))
+    own = each_device(scale_by_muon.update, (split, states_split), (split, states_split))
+    there = functools.partial(jax.tree.map_with_path, _stepwise)
+    back = functools.partial(jax.tree.map_with_path, functools.partial(_stepwise, back=True))
+    updates, state = own(there(updates), state._replace(mu=there(state.mu)))
+    return back(updates), state._replace(mu=back(state.mu))
+
+  return optax.GradientTransformation(scale_by_muon.init, update)
+
+
+def _stepwise(path: Any, x: jax.Array, back: bool = False) -> jax.Array:
+  """Brings whole matrices to their devices, or parts of them back, one axis of the mesh at a time.
+
+  Several at once make the partitioner bring whole arrays together.
+  """
+  steps = _whole_matrices(path, x)
+  for step in reversed(steps) if back else steps:
+    x = constrain(x, *(names or FREE for names in step))
+  return x
+
+
+def _whole_matrices(path: Any, x: jax.Array) -> list[PartitionSpec]:
+  """How matrices are shared out, one axis of the mesh more in every step.
+
+  Experts first, then layers. Where neither's number can be divided, devices do the same.
+  """
+  of_matrix = [axis for axes in _muon_axes(path) for axis in axes]
+  batch = [axis for axis in (1, 0) if axis not in of_matrix]
+  steps: list[Any] = [[()] * x.ndim]
+  for name in ("expert", "data", "model"):
+    for axis in batch:
+      over = (*steps[-1][axis], name)
+      if x.shape[axis] % shards(*over) == 0:
+        steps.append([*steps[-1][:axis], over, *steps[-1][axis + 1 :]])
+        break
+  return [PartitionSpec(*(names or None for names in step)) for step in steps]
 
 
 def _name(path: Any) -> str:

@@ -91,6 +91,7 @@ def test_the_overhead_on_a_gpu_is_the_measured_one():
     ("data_cpu", data, "performance.md"),
     ("scaling_h200", scaling, "scaling.md"),
     ("scaling_sparse_h200", scaling, "scaling.md"),
+    ("scaling_muon_h200", scaling, "scaling.md"),
     ("memory_a100", memory, "gpus-and-clusters.md"),
     ("layers_h200", memory, "gpus-and-clusters.md"),
   ],

@@ -1,6 +1,7 @@
 """Learning-rate schedules in closed form; optimizers against numpy."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -205,6 +206,38 @@ def test_muon_orthogonalizes_each_experts_matrices_and_leaves_the_rest_to_adam(t
       wanted = -(1 + 0.9 / 1.9) * g / (np.abs(g) + 1e-8)
       np.testing.assert_allclose(update, wanted, rtol=1e-3, err_msg=str(path))
   assert taken == 6
+
+
+def test_muon_is_optax_s(tiny_config):
+  """Ours, put together of the same parts, can be shared out by a mesh."""
+  shapes = model_shapes(tiny_config(**{"model.coupler": "attention"}))
+  rules = [(re.compile(pattern), *axes) for pattern, *axes in ours._MUON_RULES]
+
+  def axes(path, _):
+    name = "/".join(key.key for key in path)
+    found = [optax.contrib.MuonDimensionNumbers(*a) for rule, *a in rules if rule.fullmatch(name)]
+    return found[0] if found else None
+
+  dimensions = jax.tree_util.tree_map_with_path(axes, shapes)
+  theirs = optax.contrib.muon(
+    1.0,
+    adam_b1=0.8,
+    adam_b2=0.9,
+    muon_weight_dimension_numbers=dimensions,
+    consistent_rms=0.2,
+  )
+  config = make_training(optimizer="muon", beta1=0.8, beta2=0.9, weight_decay=0.0, clip_norm=0.0)
+  built = ours.build(config, optax.constant_schedule(1.0), shapes)
+  params = jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)
+  states = [transform.init(params) for transform in (theirs, built)]
+  rng = np.random.default_rng(0)
+  for _ in range(3):
+    gradient = jax.tree.map(
+      lambda s: jnp.asarray(rng.standard_normal(s.shape), jnp.float32), shapes
+    )
+    wanted, states[0] = jax.jit(theirs.update)(gradient, states[0], params)
+    found, states[1] = jax.jit(built.update)(gradient, states[1], params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, wanted)
 
 
 def test_parameter_average_golden():
