@@ -294,32 +294,39 @@ jax.config.update("jax_enable_compilation_cache", False)  # Out of it nothing is
 from benchmarks import scaling
 from hgnn_moe_jax.config import Config
 fields, mesh = json.load(sys.stdin)
-found = scaling.compile_cell(Config.from_dict(fields), 512, tuple(mesh))["collectives"]
+found = scaling.compile_cell(Config.from_dict(fields), 576, tuple(mesh))["collectives"]
 print(json.dumps([(c.kind, c.devices, c.bytes, c.times) for c in found]))
 """
 
 
 @pytest.mark.parametrize(
-  ("selected", "optimizer", "L"), [(0, "adamw", 5), (1, "adamw", 5), (0, "muon", 6)]
+  ("field", "value", "L", "E"),
+  [
+    ("model.selected_experts", 0, 5, 4),
+    ("model.selected_experts", 1, 5, 4),
+    # Six layers or eight experts, so that each device has some matrices, whole, and no more.
+    ("training.optimizer", "muon", 6, 4),
+    ("orthogonality.weight_form", "spectral", 5, 8),
+  ],
 )
-def test_what_experts_say_is_exchanged_and_never_brought_together(selected, optimizer, L):
+def test_what_experts_say_is_exchanged_and_never_brought_together(field, value, L, E):
   """On 8 devices. Left to itself the partitioner gathers or sums arrays as large as these."""
-  B, T, D, E, V = 8, 64, 32, 4, 512
+  B, T, D, V = 8, 64, 32, 576
   data, expert, model = mesh = (2, 2, 2)
   fields = {
     "model.embed_dim": D,
     "model.num_layers": L,
     "model.num_heads": 4,
     "model.num_experts": E,
-    "model.selected_experts": selected,
     "model.max_length": T,
     "model.coupler_layers": 1,
     "training.batch_size": B,
     "training.steps": 5,
-    "training.optimizer": optimizer,
     "orthogonality.output_strength": 0.1,
     "orthogonality.weight_strength": 0.1,
+    "orthogonality.subspace_rank": 2,  # Subspaces are gathered, R / K of the matrices.
     "mesh.fsdp": True,
+    field: value,
   }
   done = subprocess.run(
     [sys.executable, "-c", _COMPILE],
@@ -347,7 +354,7 @@ def test_what_experts_say_is_exchanged_and_never_brought_together(selected, opti
   # router's word on a token and an expert, not all of which has to travel, at most all.
   exchanged = [entry for entry in found if entry[0] == "all-to-all" and entry[3] == L]
   words = [entry for entry in exchanged if entry[2] <= experts // D]
-  assert len(words) <= selected
+  assert len(words) <= int(field == "model.selected_experts" and value)
   updates = [entry for entry in exchanged if entry not in words]
   assert updates == [["all-to-all", expert, experts // expert, L]] * 3
 

@@ -32,6 +32,7 @@ def matrices(layers: dict, target: str, stored: bool = False) -> dict[str, jax.A
       "attention_output": _shared(out, ("model", FREE), (_BOTH, FREE)),
     }
   else:
+    ffn_in, ffn_out, qkv, out = map(_whole, (ffn_in, ffn_out, qkv, out))
     roles = {
       "ffn_input": ffn_in,
       "ffn_output": jnp.swapaxes(ffn_out, -1, -2),
@@ -40,6 +41,19 @@ def matrices(layers: dict, target: str, stored: bool = False) -> dict[str, jax.A
     }
   chosen = {"attention": ("attention_input", "attention_output"), "combined": tuple(roles)}
   return {role: roles[role] for role in chosen.get(target, (target,))}
+
+
+def _whole(w: jax.Array) -> jax.Array:
+  """w [L, E, ...], whole matrices of a device's own experts, as far as the mesh divides these.
+
+  One axis of the mesh moves at a time, see `_shared`.
+  """
+  over: tuple[str, ...] = ()
+  for name in ("expert", "data", "model"):
+    if w.shape[1] % shards(*over, name) == 0:
+      over += (name,)
+      w = constrain(w, FREE, over, *[FREE] * (w.ndim - 2))
+  return w
 
 
 def _joint(w: jax.Array) -> jax.Array:
