@@ -160,6 +160,7 @@ def _muon(config: TrainingConfig, params: Any) -> Any:
       )
     ),
     optax.stateless(lambda updates, _: jax.tree.map_with_path(_like_adams, updates)),
+    optax.identity(),  # In the place of optax's decay: checkpoints name a state by its place.
     optax.scale(-1.0),
   )
   adam = optax.adamw(1.0, config.beta1, config.beta2, weight_decay=0.0, nesterov=True)

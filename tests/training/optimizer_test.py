@@ -208,6 +208,10 @@ def test_muon_orthogonalizes_each_experts_matrices_and_leaves_the_rest_to_adam(t
   assert taken == 6
 
 
+def _is_empty(node):
+  return isinstance(node, optax.EmptyState)
+
+
 def test_muon_is_optax_s(tiny_config):
   """Ours, put together of the same parts, can be shared out by a mesh."""
   shapes = model_shapes(tiny_config(**{"model.coupler": "attention"}))
@@ -230,6 +234,12 @@ def test_muon_is_optax_s(tiny_config):
   built = ours.build(config, optax.constant_schedule(1.0), shapes)
   params = jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)
   states = [transform.init(params) for transform in (theirs, built)]
+  # A checkpoint of one is one of the other.
+  places = [
+    [path for path, _ in jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_empty)]
+    for state in (states[0], states[1][0])
+  ]
+  assert places[0] == places[1]
   rng = np.random.default_rng(0)
   for _ in range(3):
     gradient = jax.tree.map(
