@@ -74,6 +74,38 @@ def _token_axes(length: int) -> list[tuple[str, ...]]:
   return [axes for axes in (("expert",), ("expert", "model")) if length % shards(*axes) == 0]
 
 
+def shared_out(shape: tuple[int, ...], axes: tuple[int, ...]) -> list[PartitionSpec]:
+  """How an array's parts along some of its axes are shared out: one mesh axis more in every step.
+
+  Args:
+    shape: of the array.
+    axes: what may be split, preferred first. Devices along a mesh axis that divides none of them
+      have the same parts.
+
+  Returns:
+    Splits, from none to all that is possible.
+  """
+  steps: list[Any] = [[()] * len(shape)]
+  for name in ("expert", "data", "model"):
+    for axis in axes:
+      over = (*steps[-1][axis], name)
+      if shape[axis] % shards(*over) == 0:
+        steps.append([*steps[-1][:axis], over, *steps[-1][axis + 1 :]])
+        break
+  return [PartitionSpec(*(names or None for names in step)) for step in steps]
+
+
+def share_out(x: jax.Array, axes: tuple[int, ...], back: bool = False) -> jax.Array:
+  """x split as `shared_out` says, or on its way back to how it lay.
+
+  One mesh axis moves at a time: several at once make the partitioner bring whole arrays together.
+  """
+  _, *steps = shared_out(x.shape, axes)
+  for step in reversed(steps) if back else steps:
+    x = constrain(x, *(names or FREE for names in step))
+  return x
+
+
 def each_device(
   function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any
 ) -> Callable[..., Any]:

@@ -366,7 +366,7 @@ def test_what_devices_do_by_themselves_is_what_one_does():
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
   cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
   done = subprocess.run(
-    [sys.executable, str(here / "kernels_here.py")],
+    [sys.executable, str(here / "each_device_here.py")],
     capture_output=True,
     text=True,
     cwd=here.parent,

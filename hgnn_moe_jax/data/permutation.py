@@ -75,7 +75,7 @@ def _encrypt(number: np.ndarray, keys: list[int], half: int) -> np.ndarray:
 
 def _round_keys(seed: int) -> list[int]:
   """`std::seed_seq{seed}.generate` of four words (ISO C++ 2011, 26.5.7.1)."""
-  words, given = [0x8B8B8B8B] * _ROUNDS, [seed]
+  words = [0x8B8B8B8B] * _ROUNDS
   middle, end = 1, 2  # p and q of the standard, for four words
 
   def hashed(number: int, factor: int) -> int:
@@ -85,12 +85,12 @@ def _round_keys(seed: int) -> list[int]:
   def at(k: int) -> int:
     return k % _ROUNDS
 
-  for k in range(_ROUNDS):
-    first = hashed(words[at(k)] ^ words[at(k + middle)] ^ words[at(k - 1)], 1664525)
-    second = first + at(k) + (len(given) if k == 0 else given[k - 1] if k <= len(given) else 0)
+  for k, given in enumerate((1, seed, 0, 0)):  # how many seeds, and which
+    first = hashed(words[k] ^ words[at(k + middle)] ^ words[at(k - 1)], 1664525)
+    second = first + k + given
     words[at(k + middle)] = (words[at(k + middle)] + first) % 2**32
     words[at(k + end)] = (words[at(k + end)] + second) % 2**32
-    words[at(k)] = second % 2**32
+    words[k] = second % 2**32
   for k in range(_ROUNDS, 2 * _ROUNDS):
     first = hashed(words[at(k)] + words[at(k + middle)] + words[at(k - 1)], 1566083941)
     second = (first - at(k)) % 2**32

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from hgnn_moe_jax.layout import FREE, constrain, on_mesh, shards
+from hgnn_moe_jax.layout import FREE, constrain, on_mesh, shards, share_out
 
 # How the axes behind [L, E] are split over a mesh, see `layout.constrain`.
 Axes = tuple[str | tuple[str, ...] | None, ...]
@@ -32,7 +32,8 @@ def matrices(layers: dict, target: str, stored: bool = False) -> dict[str, jax.A
       "attention_output": _shared(out, ("model", FREE), (_BOTH, FREE)),
     }
   else:
-    ffn_in, ffn_out, qkv, out = map(_whole, (ffn_in, ffn_out, qkv, out))
+    # Whole matrices, of each device's own experts.
+    ffn_in, ffn_out, qkv, out = (share_out(w, (1,)) for w in (ffn_in, ffn_out, qkv, out))
     roles = {
       "ffn_input": ffn_in,
       "ffn_output": jnp.swapaxes(ffn_out, -1, -2),
@@ -41,19 +42,6 @@ def matrices(layers: dict, target: str, stored: bool = False) -> dict[str, jax.A
     }
   chosen = {"attention": ("attention_input", "attention_output"), "combined": tuple(roles)}
   return {role: roles[role] for role in chosen.get(target, (target,))}
-
-
-def _whole(w: jax.Array) -> jax.Array:
-  """w [L, E, ...], whole matrices of a device's own experts, as far as the mesh divides these.
-
-  One axis of the mesh moves at a time, see `_shared`.
-  """
-  over: tuple[str, ...] = ()
-  for name in ("expert", "data", "model"):
-    if w.shape[1] % shards(*over, name) == 0:
-      over += (name,)
-      w = constrain(w, FREE, over, *[FREE] * (w.ndim - 2))
-  return w
 
 
 def _joint(w: jax.Array) -> jax.Array:

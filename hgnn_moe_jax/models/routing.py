@@ -51,8 +51,8 @@ class Router(nn.Module):
     load_E = jnp.einsum("BTE,BT->E", chosen_BTE.astype(jnp.float32), share_BT) / c.selected_experts
     mean_E = jnp.einsum("BTE,BT->E", probability_BTE, share_BT)
     factor_BTE = everywhere(jnp.where(chosen_BTE, E * probability_BTE, 0.0))
-    # Now all tokens of a row where some of its experts are: from tokens to experts in one step is
-    # too much for the partitioner.
+    # Whole rows wherever there are experts: from a split over tokens to one over experts the
+    # partitioner knows no way but to bring everything everywhere.
     chosen_BTE = constrain(chosen_BTE, "data", None, None)
     return Route(chosen_BTE, factor_BTE, load_E, E * jnp.dot(load_E, mean_E))
 

@@ -1,6 +1,5 @@
 """Optimizer, learning-rate schedule, weight-decay mask and parameter average, all from optax."""
 
-import functools
 import math
 import re
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from hgnn_moe_jax.config import TrainingConfig
 from hgnn_moe_jax.errors import ConfigError, UserError
-from hgnn_moe_jax.layout import FREE, constrain, each_device, on_mesh, shards
+from hgnn_moe_jax.layout import each_device, on_mesh, share_out, shared_out
 
 # What decays, by parameter path. Each parameter must match exactly one rule, so that a new one
 # cannot slip through undecided.
@@ -192,43 +191,25 @@ def _by_matrix(scale_by_muon: optax.GradientTransformation) -> optax.GradientTra
     del params
     if not on_mesh():
       return scale_by_muon.update(updates, state)
-    split = jax.tree.map_with_path(lambda *leaf: _whole_matrices(*leaf)[-1], updates)
+
+    def moved(tree: Any, back: bool = False) -> Any:
+      return jax.tree.map_with_path(lambda path, x: share_out(x, _batch_axes(path), back), tree)
+
+    split = jax.tree.map_with_path(
+      lambda path, x: shared_out(x.shape, _batch_axes(path))[-1], updates
+    )
     states_split = optax.contrib.MuonState._make((PartitionSpec(), split, PartitionSpec()))
     own = each_device(scale_by_muon.update, (split, states_split), (split, states_split))
-    there = functools.partial(jax.tree.map_with_path, _stepwise)
-    back = functools.partial(jax.tree.map_with_path, functools.partial(_stepwise, back=True))
-    updates, state = own(there(updates), state._replace(mu=there(state.mu)))
-    return back(updates), state._replace(mu=back(state.mu))
+    updates, state = own(moved(updates), state._replace(mu=moved(state.mu)))
+    return moved(updates, back=True), state._replace(mu=moved(state.mu, back=True))
 
   return optax.GradientTransformation(scale_by_muon.init, update)
 
 
-def _stepwise(path: Any, x: jax.Array, back: bool = False) -> jax.Array:
-  """Brings whole matrices to their devices, or parts of them back, one axis of the mesh at a time.
-
-  Several at once make the partitioner bring whole arrays together.
-  """
-  steps = _whole_matrices(path, x)
-  for step in reversed(steps) if back else steps:
-    x = constrain(x, *(names or FREE for names in step))
-  return x
-
-
-def _whole_matrices(path: Any, x: jax.Array) -> list[PartitionSpec]:
-  """How matrices are shared out, one axis of the mesh more in every step.
-
-  Experts first, then layers. Where neither's number can be divided, devices do the same.
-  """
+def _batch_axes(path: Any) -> tuple[int, ...]:
+  """Of experts, if the matrices are theirs, and of layers."""
   of_matrix = [axis for axes in _muon_axes(path) for axis in axes]
-  batch = [axis for axis in (1, 0) if axis not in of_matrix]
-  steps: list[Any] = [[()] * x.ndim]
-  for name in ("expert", "data", "model"):
-    for axis in batch:
-      over = (*steps[-1][axis], name)
-      if x.shape[axis] % shards(*over) == 0:
-        steps.append([*steps[-1][:axis], over, *steps[-1][axis + 1 :]])
-        break
-  return [PartitionSpec(*(names or None for names in step)) for step in steps]
+  return tuple(axis for axis in (1, 0) if axis not in of_matrix)
 
 
 def _name(path: Any) -> str:

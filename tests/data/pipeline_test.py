@@ -59,6 +59,7 @@ def test_order_golden(seed, first, across_epochs):
   order = pipeline.Order(1000, seed, 3)
   assert order.indices(0).tolist() == first
   assert order.indices(333).tolist() == across_epochs
+  assert pipeline.Order(10, 42, 5).indices(0).tolist() == [1, 7, 6, 9, 0]
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 4])

@@ -189,7 +189,7 @@ def test_a_device_has_room_for_its_own_experts_tokens_only():
       jaxpr = str(jax.make_jaxpr(feed)(network, hidden, chosen))
     blocks, size = re.search(rf":f32\[(\d+),(\d+),{F}\] = dot_general", jaxpr).groups()
     places[parts] = int(blocks) * int(size)
-  # 1,600 and 800 pairs, and up to 31 of eight, 63 of two experts' places that stay empty.
+  # 1,600 pairs and up to 31 empty places for each of eight experts; 800, and 63 for each of two.
   assert places == {1: 57 * 32, 4: 14 * 64}
 
 

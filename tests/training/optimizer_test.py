@@ -1,7 +1,6 @@
 """Learning-rate schedules in closed form; optimizers against numpy."""
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -215,19 +214,12 @@ def _is_empty(node):
 def test_muon_is_optax_s(tiny_config):
   """Ours, put together of the same parts, can be shared out by a mesh."""
   shapes = model_shapes(tiny_config(**{"model.coupler": "attention"}))
-  rules = [(re.compile(pattern), *axes) for pattern, *axes in ours._MUON_RULES]
-
-  def axes(path, _):
-    name = "/".join(key.key for key in path)
-    found = [optax.contrib.MuonDimensionNumbers(*a) for rule, *a in rules if rule.fullmatch(name)]
-    return found[0] if found else None
-
-  dimensions = jax.tree_util.tree_map_with_path(axes, shapes)
+  axes = jax.tree_util.tree_map_with_path(lambda path, _: ours._muon_axes(path), shapes)
   theirs = optax.contrib.muon(
     1.0,
     adam_b1=0.8,
     adam_b2=0.9,
-    muon_weight_dimension_numbers=dimensions,
+    muon_weight_dimension_numbers=axes,
     consistent_rms=0.2,
   )
   config = make_training(optimizer="muon", beta1=0.8, beta2=0.9, weight_decay=0.0, clip_norm=0.0)
