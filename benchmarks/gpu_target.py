@@ -58,6 +58,7 @@ def _description(name: str) -> str:
       memory_bandwidth: {t.bytes_per_second:.0f} device_memory_size: {t.memory_bytes:.0f}
       l2_cache_size: {t.cache_bytes}
       registers_per_core_limit: 65536 registers_per_block_limit: 65536
+      driver_version: "12.8.0" runtime_version: "12.8.0"
       cuda_compute_capability {{ major: {major} minor: {minor} {features} }}
     }}
     platform_name: "CUDA"

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks.train_step import COUPLERS, EVERYWHERE, SHAPES, dispatch_of
-from hgnn_moe_jax import cli, device
+from hgnn_moe_jax import cli
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.training.records import environment, write_json
 from hgnn_moe_jax.training.step import as_count
@@ -62,8 +62,7 @@ def measure(config: Config, vocab_size: int) -> dict[str, float]:
   dispatch, state, feed = dispatch_of(config, vocab_size)
   # In a CUDA graph the profiler sees kernels without the names of their instructions.
   graphs = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else {}
-  options = {**device.compiler_options(), **graphs}
-  compiled = dispatch.lower(state, feed, as_count(1)).compile(compiler_options=options)
+  compiled = dispatch.lower(state, feed, as_count(1)).compile(compiler_options=graphs)
   state, _ = compiled(state, feed, as_count(steps))
   jax.block_until_ready(state)
   with tempfile.TemporaryDirectory() as folder:

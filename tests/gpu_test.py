@@ -15,7 +15,7 @@ from hgnn_moe_jax import device, sharding, token_kernels, token_sums
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.data.examples import place, stream_examples
 from hgnn_moe_jax.models import attention, attention_kernels, head, language_model
-from hgnn_moe_jax.orthogonality import outputs
+from hgnn_moe_jax.orthogonality import gram, outputs
 from hgnn_moe_jax.training.assembly import assemble_sized
 from hgnn_moe_jax.training.step import Feed, as_count
 
@@ -192,6 +192,20 @@ def test_a_mesh_of_one_gpu_computes_what_the_gpu_does():
   assert 0 < traced.count("pallas_call[") <= traced.count("shard_map[")
   np.testing.assert_allclose(found[0], loss, rtol=2e-3)
   assert _distance(found[1], gradient) < 3e-2
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 4, 5])
+def test_effective_experts(experts):
+  """Of experts that are hardly different, and of others; up to four by rotations."""
+  vectors = np.random.default_rng(experts).standard_normal((1000, experts, 16))
+  vectors = vectors[:, :1] + np.geomspace(1e-4, 10, 1000)[:, None, None] * vectors
+  cosines = jax.jit(gram.cosine_gram)(jnp.asarray(vectors, jnp.float32))
+  shares = np.linalg.eigvalsh(np.asarray(cosines, np.float64)) / experts
+  shares = np.where(shares > 1e-6, shares, 1.0)
+  expected = np.exp(-np.sum(shares * np.log(shares), axis=-1))
+  compiled = jax.jit(gram.effective_experts).lower(cosines).compile()
+  np.testing.assert_allclose(compiled(cosines), expected, atol=1e-4)
+  assert ("cusolver" in compiled.as_text()) == (experts > 4)
 
 
 @pytest.mark.parametrize("layers", [2, 5])

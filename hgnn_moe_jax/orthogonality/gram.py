@@ -16,6 +16,7 @@ import jax.numpy as jnp
 _SILENT = 1e-24
 # Eigenvalues of a float32 correlation matrix below this share of its trace are rounding.
 _EIGENVALUE_FLOOR = 1e-6
+_MOST_ROTATED = 4  # Written out, more experts' rotations take XLA long to compile: 5 take 6 s.
 
 # Tensor cores would round float32 operands to 10 bits; the products here are small or memory-bound.
 contract = functools.partial(
@@ -102,9 +103,59 @@ def effective_experts(cosine_EE: jax.Array) -> jax.Array:
     `[...]` in [1, E]. Random or orthogonal: E. Identical (or opposite): 1. Silent experts are not
     counted; 1 where all are silent.
   """
-  trace = jnp.trace(cosine_EE, axis1=-2, axis2=-1)[..., None]
-  shares_E = jnp.linalg.eigvalsh(cosine_EE) / jnp.where(trace > 0.0, trace, 1.0)
-  counted = shares_E > _EIGENVALUE_FLOOR
+  if cosine_EE.shape[-1] <= _MOST_ROTATED and jax.default_backend() != "cpu":
+    return _effective_by_rotations(cosine_EE)
+  return _effective_by_library(cosine_EE)
+
+
+def _effective_by_library(cosine_EE: jax.Array) -> jax.Array:
+  trace = jnp.trace(cosine_EE, axis1=-2, axis2=-1)
+  return jnp.exp(jnp.sum(_surprise(jnp.linalg.eigvalsh(cosine_EE), trace[..., None]), axis=-1))
+
+
+@jax.custom_jvp
+def _effective_by_rotations(cosine_EE: jax.Array) -> jax.Array:
+  """`effective_experts` as one kernel: a library's call would cut a step's CUDA graph in two."""
+  eigenvalues = _rotated(cosine_EE)
+  trace = functools.reduce(jnp.add, eigenvalues)
+  return jnp.exp(sum(_surprise(eigenvalue, trace) for eigenvalue in eigenvalues))
+
+
+@_effective_by_rotations.defjvp
+def _effective_by_rotations_jvp(
+  primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  _, tangent = jax.jvp(_effective_by_library, primals, tangents)
+  return _effective_by_rotations(*primals), tangent
+
+
+def _rotated(matrix_EE: jax.Array) -> list[jax.Array]:
+  """Eigenvalues of symmetric `[..., E, E]`, E of `[...]`, in no order: Jacobi's method, by rows.
+
+  Golub and Van Loan, Matrix Computations, section 8.5. Elementwise only, so that it becomes one
+  kernel. Convergence is quadratic: E sweeps leave no more than rounding for E up to 4.
+  """
+  experts = matrix_EE.shape[-1]
+  a = {(i, j): matrix_EE[..., i, j] for i in range(experts) for j in range(i, experts)}
+  pairs = [pair for pair in a if pair[0] != pair[1]]
+  for p, q in pairs * experts:
+    # The smaller of the two angles whose rotation makes a_pq zero.
+    gap, twice = a[q, q] - a[p, p], 2.0 * a[p, q]
+    length = jnp.abs(gap) + jnp.sqrt(gap * gap + twice * twice)
+    tangent = jnp.where(gap < 0.0, -twice, twice) / jnp.where(length > 0.0, length, 1.0)
+    cosine = jax.lax.rsqrt(1.0 + tangent * tangent)
+    sine = tangent * cosine
+    shift = tangent * a[p, q]
+    a[p, p], a[q, q], a[p, q] = a[p, p] - shift, a[q, q] + shift, jnp.zeros_like(shift)
+    for k in (k for k in range(experts) if k not in (p, q)):
+      kp, kq = (min(k, p), max(k, p)), (min(k, q), max(k, q))
+      a[kp], a[kq] = cosine * a[kp] - sine * a[kq], sine * a[kp] + cosine * a[kq]
+  return [a[k, k] for k in range(experts)]
+
+
+def _surprise(eigenvalue: jax.Array, trace: jax.Array) -> jax.Array:
+  """-p log p of its share p of the trace."""
+  share = eigenvalue / jnp.where(trace > 0.0, trace, 1.0)
+  counted = share > _EIGENVALUE_FLOOR
   # p log p has an infinite derivative at 0, hence the inner `where`.
-  surprise_E = -jnp.log(jnp.where(counted, shares_E, 1.0))
-  return jnp.exp(jnp.sum(jnp.where(counted, shares_E * surprise_E, 0.0), axis=-1))
+  return jnp.where(counted, -share * jnp.log(jnp.where(counted, share, 1.0)), 0.0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -104,6 +105,16 @@ def test_penalties_do_not_keep_their_gradients(measured):
   assert plain["state_bytes"] < both["state_bytes"], "no controller"
   experts = 4 * 6 * 4 * 12 * 256**2
   assert both["temporary_bytes"] - plain["temporary_bytes"] < 0.1 * experts
+
+
+def test_a_step_of_few_experts_is_one_cuda_graph(measured, tmp_path, monkeypatch):
+  """Nothing that a graph cannot hold; what comes of it is in the plan that XLA writes down."""
+  monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={tmp_path}")
+  config = ["--config=configs/quickstart.py", "--vocab_size=300", "--target=H100"]
+  measured("benchmarks.memory", *config)
+  (plan,) = tmp_path.glob("*thunk_sequence_after_thunk_passes.txt")
+  launched = re.findall(r"^\d+: (\w+)", plan.read_text(), re.MULTILINE)
+  assert launched == ["kCommandBuffer"]
 
 
 def test_the_table_of_memory():
