@@ -37,7 +37,7 @@ def measure(config: Config, vocab_size: int, target: str, without: bool = False)
   rows = (config.training.batch_size, config.model.max_length)
   with gpu_target.pretend(target, 1):
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    assembly = assemble_sized(config, vocab_size, 1000)
+    parameters = assemble_sized(config, vocab_size, 1000).parameters
     make = overhead.step_without if without else overhead.step_with
     step, init = make(config, vocab_size)
     shapes = (
@@ -46,11 +46,11 @@ def measure(config: Config, vocab_size: int, target: str, without: bool = False)
     )
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes)
     lowered = jax.jit(step, donate_argnums=0).trace(*placed).lower(lowering_platforms=("cuda",))
-    options = {**device.compiler_options(assembly.model.unrolled), **gpu_target.COMPILER_OPTIONS}
+    options = {**device.compiler_options(), **gpu_target.COMPILER_OPTIONS}
     memory: Any = lowered.compile(compiler_options=options).memory_analysis()
   return {
     "target": target,
-    "parameters": assembly.parameters,
+    "parameters": parameters,
     "state_bytes": int(memory.argument_size_in_bytes),
     "temporary_bytes": int(memory.temp_size_in_bytes),
   }

@@ -78,6 +78,7 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
   mesh = Mesh(grid, sharding.AXES, axis_types=sharding.AXIS_TYPES)
   # A program for GPUs sends what it says; for CPU's the partitioner's text says more.
   on_cpu = jax.default_backend() == "cpu"
+  on_gpu = {**device.compiler_options(), **gpu_target.COMPILER_OPTIONS}
   platforms = None if on_cpu else ("cuda",)
   with jax.set_mesh(mesh):
     a = assemble_sized(config, vocab_size, config.training.steps, mesh)
@@ -91,7 +92,6 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
     traced = jitted.trace(a.abstract_state, Batch(ids, ids, weights))
     lowered = traced.lower(lowering_platforms=platforms)
     with tempfile.TemporaryDirectory() as folder:
-      on_gpu = {**device.compiler_options(a.model.unrolled), **gpu_target.COMPILER_OPTIONS}
       options = {"xla_dump_to": folder, **_DUMP} if on_cpu else on_gpu
       compiled = lowered.compile(compiler_options=options)
       partitioned = ""

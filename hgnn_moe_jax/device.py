@@ -28,25 +28,23 @@ def has_hopper_kernels() -> bool:
   return (nvidia_capability() or 0) >= 9
 
 
-def compiler_options(unrolled: bool) -> dict[str, str | bool]:
+def compiler_options() -> dict[str, str | bool]:
   """XLA's options for the large programs: training and evaluation.
 
-  On an NVIDIA GPU one pass of XLA makes Triton kernels of layer normalisations, and the fusing pass
-  weighs these up at length: 40 to 65 % of the compilation, for kernels that are no faster. Of the
-  kernels in a CUDA graph all that do not wait for one another may run at once: a layer has many
-  that fill a part of the device only. And products that read or write a slice of an array in place,
-  as JAX 0.11 has them, cannot be part of a graph: they would cut a step of unrolled layers into 32.
-  In a loop over layers they spare copies (docs/performance.md). XLA_FLAGS has the last word.
-
-  Args:
-    unrolled: the model's layers are in no loop.
+  On an NVIDIA GPU, each with its reason in docs/performance.md: one pass of XLA makes Triton
+  kernels of layer normalisations, and the fusing pass weighs these up at length: 40 to 65 % of the
+  compilation, for kernels that are no faster. Of the kernels in a CUDA graph all that do not wait
+  for one another may run at once: a layer has many that fill a part of the device only. And
+  products that read or write a slice of an array in place are left out: as JAX 0.11 has them, they
+  cannot be part of a CUDA graph, and one whose result something else reads, too, is made twice.
+  XLA_FLAGS has the last word.
   """
   if nvidia_capability() is None:
     return {}
   options: dict[str, str | bool] = {
     "xla_disable_hlo_passes": "triton-softmax-rewriter",
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
-    **({"xla_gpu_enable_dynamic_slice_fusion": False} if unrolled else {}),
+    "xla_gpu_enable_dynamic_slice_fusion": False,
   }
   flags = os.environ.get("XLA_FLAGS", "")
   return {name: value for name, value in options.items() if name not in flags}

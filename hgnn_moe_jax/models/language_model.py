@@ -65,7 +65,6 @@ class LanguageModel(NamedTuple):
   loss(params, x_BTD, targets_BT, weights_BT) -> weighted sum of token losses in nats, float32,
     computed without ever holding the logits whole.
   expert_matrices(params, target, stored) -> {role: w_LEDK}, see `matrices.matrices`.
-  unrolled: its layers are in no loop; `device.compiler_options` asks for it.
   """
 
   init: Callable[[jax.Array], Params]
@@ -76,7 +75,6 @@ class LanguageModel(NamedTuple):
   read: Callable[[Params, Caches, jax.Array, jax.Array], tuple[jax.Array, Reading]]
   loss: Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
   expert_matrices: Callable[..., dict[str, jax.Array]]
-  unrolled: bool
 
 
 class CoupledLayer(nn.Module):
@@ -362,7 +360,4 @@ def build(
   def expert_matrices(params, target, stored=False):
     return matrices(params["layers"]["experts"], target, stored)
 
-  unrolled = _unroll(config, remat) == config.num_layers
-  return LanguageModel(
-    init, axes, features, logits, init_caches, read, loss, expert_matrices, unrolled
-  )
+  return LanguageModel(init, axes, features, logits, init_caches, read, loss, expert_matrices)

@@ -11,7 +11,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from hgnn_moe_jax import device, extensions, sharding
+from hgnn_moe_jax import extensions, sharding
 from hgnn_moe_jax.config import Config, DataConfig, EvaluationConfig, with_fields
 from hgnn_moe_jax.control import schedules, strategies
 from hgnn_moe_jax.control.adaptive import adaptive
@@ -69,8 +69,7 @@ class Assembly:
     """Jitted, see `step.make_dispatch`."""
     where = None if self.mesh is None else (self.shardings, sharding.replicated(self.mesh))
     size, length = self.config.training.steps_per_dispatch, self.config.model.max_length
-    options = device.compiler_options(self.model.unrolled)
-    return step.make_dispatch(self.train_step, size, length, self.fill, where, options)
+    return step.make_dispatch(self.train_step, size, length, self.fill, where)
 
   @property
   def shardings(self) -> Any:

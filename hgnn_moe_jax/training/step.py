@@ -257,12 +257,7 @@ def pick(feed: Feed, k: jax.Array | int, max_length: int, fill: int) -> Batch:
 
 
 def make_dispatch(
-  train_step: TrainStep,
-  max_steps: int,
-  max_length: int,
-  fill: int,
-  shardings: Any = None,
-  options: dict[str, Any] | None = None,
+  train_step: TrainStep, max_steps: int, max_length: int, fill: int, shardings: Any = None
 ) -> Callable[[TrainState, Feed, Any], tuple[TrainState, StepRecord]]:
   """dispatch(state, feed, n) -> (state, records): n <= max_steps steps in one call.
 
@@ -276,7 +271,6 @@ def make_dispatch(
     max_length: T.
     fill: the id that pads.
     shardings: of (state, records), on a mesh.
-    options: what the compiler is told, see `device.compiler_options`.
   """
 
   @jax.jit  # Traced once, for the records' shapes and for the loop.
@@ -296,6 +290,7 @@ def make_dispatch(
     # A bare 0 would make k weakly typed, which is another type than n's: another trace.
     return jax.lax.fori_loop(jnp.zeros_like(n), n, body, (state, records))
 
+  options = device.compiler_options()
   return jax.jit(dispatch, donate_argnums=0, out_shardings=shardings, compiler_options=options)
 
 
@@ -316,8 +311,7 @@ def make_evaluation(
 
     return jax.lax.fori_loop(0, n, body, jnp.zeros(max_batches))
 
-  options = device.compiler_options(model.unrolled)
-  return jax.jit(evaluate, out_shardings=sharding, compiler_options=options)
+  return jax.jit(evaluate, out_shardings=sharding, compiler_options=device.compiler_options())
 
 
 def as_count(n: int) -> np.ndarray:

@@ -107,14 +107,18 @@ def test_penalties_do_not_keep_their_gradients(measured):
   assert both["temporary_bytes"] - plain["temporary_bytes"] < 0.1 * experts
 
 
-def test_a_step_of_few_experts_is_one_cuda_graph(measured, tmp_path, monkeypatch):
-  """Nothing that a graph cannot hold; what comes of it is in the plan that XLA writes down."""
+@pytest.mark.parametrize("loop", [False, True])
+def test_what_a_step_launches(measured, tmp_path, monkeypatch, loop):
+  """By the plan that XLA writes down. JAX 0.11 has products that write into a stack in place."""
   monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={tmp_path}")
   config = ["--config=configs/quickstart.py", "--vocab_size=300", "--target=H100"]
-  measured("benchmarks.memory", *config)
+  measured("benchmarks.memory", *config, f"--config.model.unrolled_layers={1 if loop else 2}")
   (plan,) = tmp_path.glob("*thunk_sequence_after_thunk_passes.txt")
   launched = re.findall(r"^\d+: (\w+)", plan.read_text(), re.MULTILINE)
-  assert launched == ["kCommandBuffer"]
+  product_in_place = re.search(r"DynamicSliceFusion .*\n *\d+: k(Cublas|Gemm)", plan.read_text())
+  assert product_in_place is None
+  assert ("kWhile" in launched) == loop
+  assert loop or launched == ["kCommandBuffer"]
 
 
 def test_the_table_of_memory():
