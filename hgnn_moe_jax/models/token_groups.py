@@ -62,7 +62,9 @@ def group(chosen_EN: jax.Array, selected: int) -> TokenGroups:
   place_X = place_EN.reshape(-1)
   nobody_Y = jnp.full(blocks * size, E * N, jnp.int32)
   pair_Y = nobody_Y.at[place_X].set(jnp.arange(E * N, dtype=jnp.int32), mode="drop")
-  expert_G = jnp.searchsorted(end_E, jnp.arange(blocks, dtype=jnp.int32), side="right")
+  block_G = jnp.arange(blocks, dtype=jnp.int32)
+  # By default it is a loop, which cuts a GPU's CUDA graph in every layer.
+  expert_G = jnp.searchsorted(end_E, block_G, side="right", method="compare_all")
   return TokenGroups(place_X, pair_Y, jnp.minimum(expert_G, E - 1))
 
 
