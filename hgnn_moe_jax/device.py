@@ -29,7 +29,7 @@ def has_hopper_kernels() -> bool:
 
 
 def compiler_options() -> dict[str, str | bool]:
-  """XLA's options for the large programs: training and evaluation.
+  """XLA's options for the large programs: training, evaluation and generation.
 
   On an NVIDIA GPU, each with its reason in docs/performance.md: one pass of XLA makes Triton
   kernels of layer normalisations, and the fusing pass weighs these up at length: 40 to 65 % of the

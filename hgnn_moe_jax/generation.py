@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hgnn_moe_jax import device
 from hgnn_moe_jax.data.tokenizers import Tokenizer
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.models.language_model import Caches, LanguageModel, Params
@@ -307,11 +308,9 @@ def _programs(model: LanguageModel) -> _Programs:
     )
     return after, token_B
 
-  return _Programs(
-    jax.jit(read, donate_argnums=1),
-    jax.jit(pick, donate_argnums=1),
-    jax.jit(advance, donate_argnums=1),
-  )
+  options = device.compiler_options()
+  compiled = functools.partial(jax.jit, donate_argnums=1, compiler_options=options)
+  return _Programs(compiled(read), compiled(pick), compiled(advance))
 
 
 def _leaders(share_LBTE: jax.Array) -> jax.Array:

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hgnn_moe_jax import device
+from hgnn_moe_jax import device, generation
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.data.examples import Batch
 from hgnn_moe_jax.models import language_model
+from hgnn_moe_jax.models.language_model import Reading
 from hgnn_moe_jax.training import step
 
 H100, A100, T4, MI300 = ({"compute_capability": c} for c in ("9.0", "8.0", "7.5", "gfx942"))
@@ -58,7 +59,7 @@ def test_options_of_the_compiler(backend, properties, flags, expected, monkeypat
   assert device.compiler_options() == expected
 
 
-def test_training_and_evaluation_are_compiled_with_them(monkeypatch):
+def test_large_programs_are_compiled_with_them(monkeypatch):
   monkeypatch.setattr(device, "compiler_options", lambda: {"xla_no_such_option": "1"})
   train = step.make_dispatch(lambda state, batch: (state, batch.weights_BT.sum()), 2, 4, 0)
 
@@ -66,9 +67,24 @@ def test_training_and_evaluation_are_compiled_with_them(monkeypatch):
     features = staticmethod(lambda params, inputs, weights, key: (params, None))
     loss = staticmethod(lambda params, x, targets, weights: x * weights.sum())
 
+    def read(self, params, caches, inputs_BT, start_B):
+      share_LBTE = jnp.ones((1, *inputs_BT.shape, 2))
+      return jnp.zeros((*inputs_BT.shape, 5)), Reading(caches, share_LBTE)
+
   score = step.make_evaluation(Model(), 2, 4, 0)
+  write = generation._programs(Model())
   batch = Batch(*(jnp.zeros((2, 3, 4), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
-  for program in (train, score):
-    lowered = program.lower(jnp.zeros(()), step.Feed(None, None, batch), step.as_count(1))
+  ids, one, zero = batch.inputs_BT[0], step.as_count(1), jnp.zeros(())
+  chooser = generation._chooser(generation.Sampling())
+  keys = jax.random.split(jax.random.key(0), 3)
+  logits, seen = jnp.zeros((3, 5)), jnp.zeros((3, 5), bool)
+  state = generation._State(zero, logits, ids[:, 0], ids[:, 0], seen, keys, one)
+  for program, arguments in (
+    (train, (zero, step.Feed(None, None, batch), one)),
+    (score, (zero, step.Feed(None, None, batch), one)),
+    (write.read, (zero, zero, ids, ids[:, 0] + 4)),
+    (write.pick, (zero, state, chooser)),
+    (write.advance, (zero, state, chooser)),
+  ):
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
-      lowered.compile()
+      program.lower(*arguments).compile()
