@@ -47,7 +47,8 @@ def test_every_chosen_pair_has_one_place(sizes, N, seed, skew):
 
 def test_sorting_is_no_loop():
   """On a GPU a loop in every layer would cut the step's CUDA graph."""
-  traced = str(jax.make_jaxpr(lambda chosen: token_groups.group(chosen, 2))(jnp.ones((4, 64), bool)))
+  chosen_EN = jnp.ones((4, 64), bool)
+  traced = str(jax.make_jaxpr(lambda chosen: token_groups.group(chosen, 2))(chosen_EN))
   assert "searchsorted" in traced
   assert not {"scan[", "while["} & set(traced.split())
 
