@@ -163,7 +163,8 @@ def scores(h_EBTD: jax.Array, kernel_DX: jax.Array) -> jax.Array:
   """A few numbers per token, h kernel: [X, E, B, T] float32.
 
   On a GPU not as a product of matrices: with two columns or one that takes longer than reading h
-  where it is made.
+  where it is made. And column by column: of all at once XLA makes a sum over a transposed copy of
+  h, in float32.
   """
   if jax.default_backend() == "cpu":
     score_EBTX = jnp.einsum(
@@ -173,8 +174,9 @@ def scores(h_EBTD: jax.Array, kernel_DX: jax.Array) -> jax.Array:
       preferred_element_type=jnp.float32,
     )
     return jnp.moveaxis(score_EBTX, -1, 0)
-  kernel_XEBTD = on_tokens(kernel_DX.T, h_EBTD.shape[:-1], 1)
-  return jnp.sum(h_EBTD.astype(jnp.float32)[None] * kernel_XEBTD, axis=-1)
+  h_EBTD = h_EBTD.astype(jnp.float32)
+  kernels = [on_tokens(kernel_DX[:, x], h_EBTD.shape[:-1]) for x in range(kernel_DX.shape[1])]
+  return jnp.stack([jnp.sum(h_EBTD * kernel_EBTD, axis=-1) for kernel_EBTD in kernels])
 
 
 def spread(x_BTD: jax.Array, num_experts: int) -> jax.Array:

@@ -121,6 +121,13 @@ def test_products_match_einsums():
   np.testing.assert_allclose(layers.project(x_EBTD, kernel_EDF[0]), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_scores_on_a_gpu_hold_no_more_than_their_vectors(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  both = jax.grad(lambda h, kernel: jnp.square(layers.scores(h, kernel)).sum(), argnums=(0, 1))
+  traced = jax.make_jaxpr(both)(jnp.ones((3, 2, 4, 5)), jnp.ones((5, 2)))
+  assert "[3,2,4,5]" in str(traced) and "[2,3,2,4,5]" not in str(traced)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_spread_and_mean_over_experts(backend, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
