@@ -44,7 +44,7 @@ TARGETS = {
 
 
 def _description(name: str) -> str:
-  """XLA's GpuTargetConfigProto, as text."""
+  """XLA's GpuTargetConfigProto, as text. A driver's version decides what CUDA graphs can hold."""
   t = TARGETS[name]
   major, minor = t.capability
   features = "feature_extension: ACCELERATED_FEATURES" if major == 9 else ""

@@ -103,21 +103,19 @@ def test_a_benchmarks_table_is_the_measured_one(name, benchmark, where):
 
 def test_what_penalties_keep_is_the_planned():
   result = json.loads((ROOT / "benchmarks" / "results" / "memory_h200.json").read_text())
-  every = {"before": result["before"]["measurements"], "": result["measurements"]}
-  planned = {
-    (m["config"], m["sweep"] or when): m["temporary_bytes"]
-    for when, found in every.items()
-    for m in found
-  }
-  names = "|".join({config for config, _ in planned})
-  table = [row for row in rows(page("performance.md"), names) if len(row) == 4]
+  before, now = (
+    {(m["config"], m["sweep"]): m["temporary_bytes"] for m in found["measurements"]}
+    for found in (result["before"], result)
+  )
+  names = "|".join({config for config, _ in now})
+  table = [row for row in rows(page("performance.md"), names) if len(row) == 5]
   assert len(table) == 4
-  for config, without, before, now in table:
-    plain = planned[config, "without"]
-    assert without == f"{plain / 1e6:,.0f}"
-    for told, when in ((before, "before"), (now, "")):
-      needed = planned[config, when]
-      assert told == f"{needed / 1e6:,.0f}, {needed / plain - 1:+.1%}"
+  for config, *told in table:
+    expected = []
+    for planned in (before, now):
+      plain, needed = planned[config, "without"], planned[config, ""]
+      expected += [f"{plain / 1e6:,.0f}", f"{needed / 1e6:,.0f}, {needed / plain - 1:+.1%}"]
+    assert told == expected
 
 
 def test_what_was_done_about_the_traffic_is_the_measured():
