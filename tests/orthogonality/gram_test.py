@@ -24,6 +24,7 @@ def _normal(seed, *shape):
 def effective_experts(request, monkeypatch):
   """A device's form of it, on whatever device this is."""
   monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+  # A function of its own: of the same one JAX would find what it has traced for the other device.
   return jax.jit(lambda cosine_EE: gram.effective_experts(cosine_EE))
 
 
