@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from hgnn_moe_jax import device, token_kernels
 from hgnn_moe_jax.layout import each_device, on_mesh, token_axes
-from hgnn_moe_jax.token_sums import token_sum
+from hgnn_moe_jax.token_sums import repeated_anew, token_sum
 
 SAVED = "token products"  # Their name for a policy of rematerialisation: small, and dear to make.
 
@@ -192,7 +192,8 @@ def _gram_backward(residuals, cotangent_EEBT):
     else:  # The same sum, but not from grad_EBTD, which XLA would then write down and keep.
       total_ED = _einsum("ijBT,jBTD->iD", both_ways_EEBT, a_EBTD.astype(jnp.float32))
       total_ED -= _einsum("ij,jD->iD", both_ways_EEBT.sum((2, 3)), mean_ED)
-  # a's part in its mean.
+  # a's part in its mean. All layers have one share: with the total, each repeats its own.
+  share_BT, total_ED = repeated_anew((share_BT, total_ED))
   grad_EBTD = grad_EBTD - share_BT[None, :, :, None] * total_ED[:, None, None]
   grad_share_BT = -_einsum("EBTD,ED->BT", a_EBTD.astype(jnp.float32), total_ED)
   return grad_EBTD.astype(a_EBTD.dtype), grad_share_BT

@@ -1,10 +1,12 @@
 """A vector for every token, and its gradient: a sum over tokens."""
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+
+Arrays = TypeVar("Arrays")
 
 
 def on_tokens(
@@ -30,6 +32,15 @@ def _on_tokens(vector, tokens, own, dtype):
   before, after = vector.shape[:own], vector.shape[own:]
   apart = vector.astype(dtype or vector.dtype).reshape(*before, *(1,) * len(tokens), *after)
   return jnp.broadcast_to(apart, (*before, *tokens, *after))
+
+
+def repeated_anew(arrays: Arrays) -> Arrays:
+  """The same, for a backward pass that repeats them along other axes as the forward pass did.
+
+  XLA for CPUs would find both to be one array, write it down, and keep it until then: as large as
+  all the vectors that these numbers are repeated for.
+  """
+  return jax.lax.optimization_barrier(arrays) if jax.default_backend() == "cpu" else arrays
 
 
 def token_sum(x: jax.Array, own: int, count: int = 2) -> jax.Array:

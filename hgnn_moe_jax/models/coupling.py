@@ -8,6 +8,7 @@ shared by the experts; what belongs to single experts (adjacency, mixing matrix,
 is permuted with them, so relabelling the experts changes nothing.
 """
 
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -146,7 +147,7 @@ def _check_operator(coupler: str, shape: tuple[int, ...], shape_EBTD: tuple[int,
 
 
 class Coupler(nn.Module):
-  """`config.coupler_layers` rounds of messages: y_EBTD -> y_EBTD.
+  """`config.coupler_layers` rounds of messages: y_EBTD -> y_EBTD, or what `pool` makes of it.
 
   With `coupler="mean"`, or a single expert, there are no messages and no parameters.
   """
@@ -155,22 +156,33 @@ class Coupler(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, y_EBTD: jax.Array) -> jax.Array:
+  def __call__(
+    self, y_EBTD: jax.Array, pool: Callable[[jax.Array], jax.Array] | None = None
+  ) -> jax.Array:
+    """The experts' vectors, [E, B, T, D] of y's dtype, or `pool` of them, [B, T, D].
+
+    Args:
+      y_EBTD: the experts' updates.
+      pool: a weighted sum over experts, [E, B, T, D] -> [B, T, D] float32. It commutes with the
+        last W_out, which comes after it: one product a token, not one for each of its experts.
+    """
     c = self.config
-    if c.coupler == "mean" or c.num_experts == 1:
-      return y_EBTD
+    rounds = 0 if c.coupler == "mean" or c.num_experts == 1 else c.coupler_layers
     D = c.embed_dim
     gain = (2 * c.num_layers * c.coupler_layers) ** -0.5
-    for g in range(c.coupler_layers):
+    for g in range(rounds):
       h_EBTD = LayerNorm(name=f"norm_{g}")(y_EBTD).astype(self.dtype)
       operator = make_operator(c, f"operator_{g}")(h_EBTD)
       _check_operator(c.coupler, operator.shape, h_EBTD.shape)
       # Not split over mesh.model: there, each device couples other tokens.
       in_DD = self.param(f"in_kernel_{g}", named(fan_in_normal(D), "embed", None), (D, D))
       out_DD = self.param(f"out_kernel_{g}", named(fan_in_normal(D, gain), None, "embed"), (D, D))
-      message_EBTD = project(_mix(operator, h_EBTD), in_DD)
-      y_EBTD = y_EBTD + project(gelu(message_EBTD), out_DD)
-    return y_EBTD
+      spoken_EBTD = gelu(project(_mix(operator, h_EBTD), in_DD))
+      if pool is not None and g == rounds - 1:
+        heard_BTD = project(pool(spoken_EBTD).astype(self.dtype), out_DD)
+        return pool(y_EBTD) + heard_BTD.astype(jnp.float32)
+      y_EBTD = y_EBTD + project(spoken_EBTD, out_DD)
+    return y_EBTD if pool is None else pool(y_EBTD)
 
 
 class Ties(NamedTuple):

@@ -102,10 +102,13 @@ class CoupledLayer(nn.Module):
     experts = ExpertBlocks(self.config, self.dtype, name="experts")
     updates_EBTD, cache = experts(whole_BTD, position_BT, keys, cache, route)
     updates_EBTD = by_token(updates_EBTD)  # What follows is each token's own affair.
-    coupled_EBTD = Coupler(self.config, self.dtype, name="coupler")(updates_EBTD)
-    z_BTD, gate_BTE = Pool(self.config, name="pool")(coupled_EBTD, whole_BTD)
+    coupler = Coupler(self.config, self.dtype, name="coupler")
+    gate_BTE, pool = Pool(self.config, name="pool")(whole_BTD)
     if cache is not None:
+      coupled_EBTD = coupler(updates_EBTD)
+      z_BTD = pool(coupled_EBTD)
       return x_BTD + z_BTD, (cache, _share(coupled_EBTD, gate_BTE, z_BTD))
+    z_BTD = coupler(updates_EBTD, pool)
     entropy_BT = -jnp.sum(jax.scipy.special.xlogy(gate_BTE, gate_BTE), axis=-1)
     total = jnp.maximum(weights_BT.sum(), 1.0)
     with jax.named_scope("orthogonality"):

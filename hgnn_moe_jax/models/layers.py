@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hgnn_moe_jax.layout import on_mesh
-from hgnn_moe_jax.token_sums import on_tokens
+from hgnn_moe_jax.token_sums import on_tokens, repeated_anew
 
 _NORM_EPSILON = 1e-5
 
@@ -32,6 +32,7 @@ def _normalize_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
 
 def _normalize_backward(kept: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array]:
   normal, inverse, like = kept
+  inverse = repeated_anew(inverse)
   along = (grad * normal).mean(-1, keepdims=True)
   grad_x = inverse * (grad - grad.mean(-1, keepdims=True) - normal * along)
   return (grad_x.astype(like.dtype),)
@@ -48,8 +49,14 @@ class LayerNorm(nn.Module):
     dim = x.shape[-1]
     scale_D = self.param("scale", named(nn.initializers.ones, "embed"), (dim,))
     bias_D = self.param("bias", named(nn.initializers.zeros, "embed"), (dim,))
-    tokens = x.shape[:-1]
-    return normalize(x) * on_tokens(scale_D, tokens) + on_tokens(bias_D, tokens)
+    # See `repeated_anew`; a checkpoint does that to all it is given.
+    affine = jax.checkpoint(_affine) if jax.default_backend() == "cpu" else _affine
+    return affine(normalize(x), scale_D, bias_D)
+
+
+def _affine(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
+  tokens = x.shape[:-1]
+  return x * on_tokens(scale_D, tokens) + on_tokens(bias_D, tokens)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -12,6 +12,7 @@ import pytest
 from flax.core import meta
 from jax.extend import core as extend_core
 
+from benchmarks.flops import matmul_flops
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import coupling
 
@@ -223,6 +224,54 @@ def test_coupler_matches_naive_loops(variant, compiled, assert_slopes):
     tuple(gradients),
     tolerance=1e-3,
   )
+
+
+def _weighted(y_EBTD):
+  """A pool: a weighted sum over experts, float32."""
+  weight_E = jnp.arange(1, 1 + y_EBTD.shape[0], dtype=jnp.float32)
+  return jnp.einsum("EBTD,E->BTD", y_EBTD.astype(jnp.float32), weight_E)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("variant", [("graph",), ("hypergraph", "pairs", "row", False), ("mean",)])
+def test_pooled_is_the_pool_of_the_coupled(variant, rounds, random_params):
+  config = _config(variant, 4, coupler_layers=rounds)
+  params, y_EBTD = random_params(_shapes(config)), _normal(0, 4, B, T, D)
+  cotangent_BTD = _normal(1, B, T, D)
+
+  def pooled(params, y_EBTD, dtype=F32):
+    return coupling.Coupler(config, dtype).apply(
+      {"params": params}, y_EBTD.astype(dtype), _weighted
+    )
+
+  def pooled_after(params, y_EBTD):
+    return _weighted(coupling.Coupler(config, F32).apply({"params": params}, y_EBTD))
+
+  def run(function):
+    out_BTD, pull = jax.vjp(function, params, y_EBTD)
+    return out_BTD, pull(cotangent_BTD)
+
+  for one, other in zip(*map(jax.tree.leaves, map(run, (pooled, pooled_after))), strict=True):
+    # At least 1: the gate's bias has a sum of many terms of that size, which nearly cancel.
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(1, np.abs(other).max()))
+  rounded_BTD = pooled(params, y_EBTD, jnp.dtype(jnp.bfloat16))
+  assert rounded_BTD.dtype == jnp.float32
+  wanted_BTD = pooled_after(params, y_EBTD)
+  np.testing.assert_allclose(rounded_BTD, wanted_BTD, rtol=0, atol=0.03 * np.abs(wanted_BTD).max())
+
+
+def test_pooled_multiplies_once_for_each_token():
+  """Two products a round; of the last one only the pooled vectors are multiplied."""
+  config = _config(("graph",), 4, coupler_layers=2)
+  y_EBTD = jnp.zeros((4, B, T, D))
+
+  def flops(pool):
+    coupler = coupling.Coupler(config, F32)
+    return matmul_flops(lambda p: coupler.apply({"params": p}, y_EBTD, pool), _shapes(config))
+
+  spared = 2 * (4 - 1) * B * T * D * D
+  pooled_by_sum = flops(lambda y: y.sum(0))
+  assert flops(None) - pooled_by_sum == spared
 
 
 def test_mean_has_no_parameters_and_changes_nothing(compiled):

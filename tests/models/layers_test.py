@@ -38,6 +38,38 @@ def test_normalize_keeps_its_result():
   np.testing.assert_array_equal(kept[0], normal)
 
 
+@pytest.fixture
+def optimised():
+  """XLA compiles as it does for users."""
+  name = "jax_disable_most_optimizations"
+  before = jax.config.read(name)
+  jax.config.update(name, False)
+  yield
+  jax.config.update(name, before)
+
+
+def test_layer_norm_keeps_two_arrays(optimised):
+  """By XLA's plan: what is normalised and what is multiplied next; gains and deviations it would
+  keep repeated, where arrays have some megabytes."""
+  shape, D = (4, 16, 128), 128
+  norm = layers.LayerNorm()
+
+  def temporary(depth):
+    def total(x, kernels, gains):
+      for kernel_DD, gain_D in zip(kernels, gains, strict=True):
+        hidden = norm.apply({"params": {"scale": gain_D, "bias": gain_D}}, x)
+        x = x + layers.project(hidden, kernel_DD)
+      return jnp.sum(jnp.square(x))
+
+    shapes = [jax.ShapeDtypeStruct((*axes, D), jnp.float32) for axes in (shape, (D,), ())]
+    arguments = shapes[0], [shapes[1]] * depth, [shapes[2]] * depth
+    compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  array = 4 * np.prod(shape) * D
+  assert (temporary(6) - temporary(3)) / 3 == pytest.approx(2 * array, rel=0.1)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gelu_keeps_its_argument_only(backend, dtype, monkeypatch):
