@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hgnn_moe_jax.control import base, schedules
@@ -63,6 +63,8 @@ _shares = jax.jit(pair_shares)
   pairs=st.tuples(*[st.floats(0, 1, width=32)] * 3),
   emphasis=st.floats(0, 10, width=32),
 )
+@example(pairs=(0.0, 0.0, 1.1754943508222875e-38), emphasis=1.0)  # the smallest normal number
+@example(pairs=(0.0, 1e-45, 1.1754942106924411e-38), emphasis=1.0)  # subnormal ones
 def test_shares_have_mean_one_and_the_order_of_the_overlaps(pairs, emphasis):
   shares = np.asarray(_shares(symmetric(*pairs), emphasis))[0]
   assert shares[OFF].mean() == pytest.approx(1.0, rel=1e-4) and np.all(shares >= 0.0)
