@@ -22,6 +22,7 @@ from hgnn_moe_jax.layout import constrain, each_device, shards
 from hgnn_moe_jax.models import attention, attention_kernels, token_groups
 from hgnn_moe_jax.models.attention import KeyValueCache
 from hgnn_moe_jax.models.layers import (
+  add_to_all,
   dropout,
   fan_in_normal,
   gelu,
@@ -123,7 +124,7 @@ class ExpertBlocks(nn.Module):
     rotary, E = self.config.positions == "rotary", self.config.num_experts
     if cache is None and not rotary and _takes_kernels(qkv_BTESNH):
       return attention_kernels.causal_attention(qkv_BTESNH, bias_ESNH), None
-    qkv_BTESNH = qkv_BTESNH + on_tokens(bias_ESNH, qkv_BTESNH.shape[:2], 0, self.dtype)
+    qkv_BTESNH = add_to_all(qkv_BTESNH, bias_ESNH)
     q, k, v = (_merge_heads(part.squeeze(3)) for part in jnp.split(qkv_BTESNH, 3, axis=3))
     if rotary:
       q, k = attention.rotate(q, position_BT), attention.rotate(k, position_BT)

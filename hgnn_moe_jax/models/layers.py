@@ -122,6 +122,19 @@ def project_all(x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
   return flat_BTX.reshape(*x_BTD.shape[:2], *kernel.shape[1:])
 
 
+def add_to_all(x: jax.Array, vector: jax.Array) -> jax.Array:
+  """x [B, T, ...] of `project_all` and the same vector [...] at every token, in x's dtype.
+
+  On CPU in the product's own two axes: the gradient is then one array for kernel and vector. With
+  all axes XLA wrote it down once for each.
+  """
+  B, T = x.shape[:2]
+  if jax.default_backend() != "cpu" or on_mesh():
+    return x + on_tokens(vector, (B, T), 0, x.dtype)
+  flat = x.reshape(B * T, -1) + on_tokens(vector.reshape(-1), (B * T,), 0, x.dtype)
+  return flat.reshape(x.shape)
+
+
 def project_each(x_EBTD: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
   """Each expert's own product: x_EBTD, kernel_EDF -> [E, B, T, F] in x's dtype. See `project`."""
   if on_mesh():

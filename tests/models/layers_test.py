@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,25 @@ def test_layer_norm_keeps_two_arrays(optimised):
 
   array = 4 * np.prod(shape) * D
   assert (temporary(6) - temporary(3)) / 3 == pytest.approx(2 * array, rel=0.1)
+
+
+def test_projection_and_bias_share_one_gradient(optimised):
+  """Of its size XLA writes down the product and the gradient only, not one more for the bias."""
+  B, T, D, N, H = 4, 64, 32, 4, 16
+
+  def total(x, kernel, bias):
+    qkv = layers.add_to_all(layers.project_all(x, kernel), bias)
+    q, k, v = (jnp.swapaxes(part.squeeze(2), 1, 2) for part in jnp.split(qkv, 3, axis=2))
+    weight = jnp.exp(jnp.einsum("BNTH,BNSH->BNTS", q, k))
+    return jnp.sum(jnp.square(jnp.einsum("BNTS,BNSH->BNTH", weight, v)))
+
+  shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((B, T, D), (D, 3, N, H), (3, N, H))]
+  program = jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes).compile().as_text()
+  _, entry = program.split("\nENTRY ")
+  sizes = [
+    np.prod(np.fromstring(axes, int, sep=",")) for axes in re.findall(r"= f32\[([\d,]+)", entry)
+  ]
+  assert sizes.count(B * T * 3 * N * H) == 2
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
