@@ -54,8 +54,8 @@ def pair_shares(overlap_LEE: jax.Array, emphasis: float) -> jax.Array:
   diagonal_LEE = jnp.broadcast_to(jnp.eye(experts, dtype=bool), overlap_LEE.shape)
   others_LEE = jnp.where(diagonal_LEE, 0.0, overlap_LEE)
   largest_L = jnp.max(others_LEE, axis=(-2, -1), keepdims=True)
-  # Relative to the largest, so that no power of a small number underflows to 0 / 0. Subnormal numbers
-  # count as none: most backends take them for 0.
+  # Relative to the largest, so that no power of a small number underflows to 0 / 0. Subnormal
+  # numbers count as none: most backends take them for 0.
   overlaps_L = largest_L >= jnp.finfo(jnp.float32).tiny
   relative_LEE = jnp.where(overlaps_L, others_LEE / jnp.where(overlaps_L, largest_L, 1.0), 1.0)
   powers_LEE = jnp.where(diagonal_LEE, 0.0, jnp.power(relative_LEE, emphasis))

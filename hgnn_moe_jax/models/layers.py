@@ -12,12 +12,26 @@ from hgnn_moe_jax.token_sums import on_tokens, repeated_anew
 _NORM_EPSILON = 1e-5
 
 
-@jax.custom_vjp
 def normalize(x: jax.Array) -> jax.Array:
   """Layer normalisation over the last axis without gain and bias (Ba et al. 2016); float32.
 
   The backward pass keeps the result, which the product that comes next keeps anyway.
   """
+  return _normalize(_tokens_flat(x)).reshape(x.shape)
+
+
+def _tokens_flat(x: jax.Array) -> jax.Array:
+  """[..., B, T, D] -> [..., B T, D], the axes that `project` and its like multiply, on CPU.
+
+  What is multiplied there and kept in all its axes XLA would write down twice.
+  """
+  if jax.default_backend() != "cpu" or on_mesh() or x.ndim < 3:
+    return x
+  return jax.lax.collapse(x, x.ndim - 3, x.ndim - 1)
+
+
+@jax.custom_vjp
+def _normalize(x: jax.Array) -> jax.Array:
   return _normalize_forward(x)[0]
 
 
@@ -38,7 +52,7 @@ def _normalize_backward(kept: tuple[jax.Array, ...], grad: jax.Array) -> tuple[j
   return (grad_x.astype(like.dtype),)
 
 
-normalize.defvjp(_normalize_forward, _normalize_backward)
+_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 class LayerNorm(nn.Module):
@@ -51,7 +65,7 @@ class LayerNorm(nn.Module):
     bias_D = self.param("bias", named(nn.initializers.zeros, "embed"), (dim,))
     # See `repeated_anew`; a checkpoint does that to all it is given.
     affine = jax.checkpoint(_affine) if jax.default_backend() == "cpu" else _affine
-    return affine(normalize(x), scale_D, bias_D)
+    return affine(_normalize(_tokens_flat(x)), scale_D, bias_D).reshape(x.shape)
 
 
 def _affine(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:

@@ -1,3 +1,4 @@
+import math
 import re
 
 import jax
@@ -72,8 +73,21 @@ def test_layer_norm_keeps_two_arrays(optimised):
   assert (temporary(6) - temporary(3)) / 3 == pytest.approx(2 * array, rel=0.1)
 
 
+def _written(function, shapes, size):
+  """How many arrays of so many entries the function's compiled gradient writes down."""
+  arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  wanted = tuple(range(len(shapes)))
+  program = jax.jit(jax.grad(function, wanted)).lower(*arguments).compile().as_text()
+  _, entry = program.split("\nENTRY ")
+  written = 0
+  for axes, operation in re.findall(r"= f32\[([\d,]+)\]\S* ([\w\-]+)\(", entry):
+    made = operation not in ("parameter", "bitcast")
+    written += made and math.prod(map(int, axes.split(","))) == size
+  return written
+
+
 def test_projection_and_bias_share_one_gradient(optimised):
-  """Of its size XLA writes down the product and the gradient only, not one more for the bias."""
+  """Two arrays, product and gradient, and not one more for the bias."""
   B, T, D, N, H = 4, 64, 32, 4, 16
 
   def total(x, kernel, bias):
@@ -82,13 +96,17 @@ def test_projection_and_bias_share_one_gradient(optimised):
     weight = jnp.exp(jnp.einsum("BNTH,BNSH->BNTS", q, k))
     return jnp.sum(jnp.square(jnp.einsum("BNTS,BNSH->BNTH", weight, v)))
 
-  shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((B, T, D), (D, 3, N, H), (3, N, H))]
-  program = jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes).compile().as_text()
-  _, entry = program.split("\nENTRY ")
-  sizes = [
-    np.prod(np.fromstring(axes, int, sep=",")) for axes in re.findall(r"= f32\[([\d,]+)", entry)
-  ]
-  assert sizes.count(B * T * 3 * N * H) == 2
+  assert _written(total, [(B, T, D), (D, 3, N, H), (3, N, H)], B * T * 3 * N * H) == 2
+
+
+def test_what_is_normalised_is_written_once(optimised):
+  """A sine, it centred, it normalised, for product and gradient, and two steps of the gradient."""
+  E, B, T, D = 2, 4, 64, 32
+
+  def total(x, kernel):
+    return jnp.sum(jnp.square(layers.project_each(layers.normalize(jnp.sin(x)), kernel)))
+
+  assert _written(total, [(E, B, T, D), (E, D, 48)], E * B * T * D) == 5
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
