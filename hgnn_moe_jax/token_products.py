@@ -115,9 +115,8 @@ def gram(a_EBTD: jax.Array, share_BT: jax.Array) -> jax.Array:
   if not _few(a_EBTD.shape[0]):
     return products(centred_EBTD, centred_EBTD)
   experts = range(a_EBTD.shape[0])
-  # In all their axes, as `mix` wants them for the gradient: else XLA writes each down twice.
-  own_1BTD = [centred_EBTD[i : i + 1] for i in experts]
-  half = {(i, j): _dot(own_1BTD[i], own_1BTD[j]).reshape(-1) for i in experts for j in range(i + 1)}
+  centred_END = _flat(centred_EBTD)
+  half = {(i, j): _dot(centred_END[i], centred_END[j]) for i in experts for j in range(i + 1)}
   return _matrix([half[max(i, j), min(i, j)] for i in experts for j in experts], a_EBTD.shape)
 
 
