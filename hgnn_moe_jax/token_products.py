@@ -114,8 +114,8 @@ def gram(a_EBTD: jax.Array, share_BT: jax.Array) -> jax.Array:
   centred_EBTD = _centred(a_EBTD, mean_ED)
   if not _few(a_EBTD.shape[0]):
     return products(centred_EBTD, centred_EBTD)
-  experts = range(a_EBTD.shape[0])
   centred_END = _flat(centred_EBTD)
+  experts = range(a_EBTD.shape[0])
   half = {(i, j): _dot(centred_END[i], centred_END[j]) for i in experts for j in range(i + 1)}
   return _matrix([half[max(i, j), min(i, j)] for i in experts for j in experts], a_EBTD.shape)
 
@@ -147,8 +147,8 @@ def _flat(a_EBTD: jax.Array) -> jax.Array:
   return a_EBTD.reshape(E, -1, D)
 
 
-def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
-  return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
+def _dot(x_ND: jax.Array, y_ND: jax.Array) -> jax.Array:
+  return jnp.sum(x_ND.astype(jnp.float32) * y_ND.astype(jnp.float32), axis=-1)
 
 
 def _matrix(pairs_N: list[jax.Array], shape_EBTD: tuple[int, ...]) -> jax.Array:
