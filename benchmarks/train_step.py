@@ -4,6 +4,8 @@ python -m benchmarks.train_step --shape=small --coupler=graph --out=FILE
 python -m benchmarks.train_step --shape=small,original --coupler=graph,hypergraph
 python -m benchmarks.train_step --shape=sweep --sweep=model.num_experts=1,2,4,8,16,32,64
 python -m benchmarks.train_step --shape=small --sweep=model.selected_experts=0,1,2 --in_turn
+python -m benchmarks.train_step --shape=original --in_turn \\
+  --compiler_option=xla_gpu_enable_dynamic_slice_fusion=true
 
 A measurement is the training loop's own compiled dispatch, on random tokens: data on the device,
 penalties, controller and optimizer included, dispatched for half a second at least without waiting.
@@ -16,6 +18,7 @@ backward pass multiplies twice as much. Recomputation and penalties are work, bu
 """
 
 import dataclasses
+import itertools
 import math
 import pathlib
 import tempfile
@@ -129,8 +132,13 @@ def timed(call: Callable[[], Any]) -> float:
   return time.perf_counter() - started
 
 
-def compile_seconds(lowered: Callable[[], Any], cached: bool) -> tuple[Any, list[float]]:
-  """The compiled program, and seconds without the persistent cache, and with it if asked for."""
+def compile_seconds(
+  lowered: Callable[[], Any], cached: bool, options: dict[str, str | bool] | None = None
+) -> tuple[Any, list[float]]:
+  """The compiled program, and seconds without the persistent cache, and with it if asked for.
+
+  `options` are XLA's, besides those that the program has of its own, over which they win.
+  """
   names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
   before = {name: getattr(jax.config, name) for name in names}
   with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +150,7 @@ def compile_seconds(lowered: Callable[[], Any], cached: bool) -> tuple[Any, list
       jax.clear_caches()
       program = lowered()
       started = time.perf_counter()
-      compiled = program.compile()
+      compiled = program.compile(compiler_options=options)
       seconds.append(time.perf_counter() - started)
   for name, value in before.items():
     jax.config.update(name, value)
@@ -179,10 +187,13 @@ class Program:
   peaks: list[float] = dataclasses.field(default_factory=list)
 
 
-def prepare(config: Config, vocab_size: int, cached: bool) -> Program:
+def prepare(
+  config: Config, vocab_size: int, cached: bool, options: dict[str, str | bool] | None = None
+) -> Program:
   """Compiles, and takes a dispatch that is not timed and one that says how many make a timing."""
   dispatch, state, feed = dispatch_of(config, vocab_size)
-  compiled, compilation = compile_seconds(lambda: dispatch.lower(state, feed, as_count(1)), cached)
+  lowered = lambda: dispatch.lower(state, feed, as_count(1))  # noqa: E731
+  compiled, compilation = compile_seconds(lowered, cached, options)
   program = Program(config, vocab_size, compiled, state, feed, compilation)
   advance(program)
   program.dispatches = math.ceil(_LEAST_SECONDS / advance(program))
@@ -200,7 +211,11 @@ def advance(program: Program) -> float:
 
 
 def measure(
-  configs: Sequence[Config], vocab_size: int, rounds: int, cached: bool = True
+  configs: Sequence[Config],
+  vocab_size: int,
+  rounds: int,
+  cached: bool = True,
+  options: Sequence[dict[str, str | bool]] | None = None,
 ) -> list[dict[str, Any]]:
   """A measurement of each config; times are medians over rounds, ratios medians of a round's.
 
@@ -212,8 +227,13 @@ def measure(
     vocab_size: V.
     rounds: timings of each.
     cached: compile again, with the persistent cache.
+    options: XLA's of each, besides those that a run has; None for no others.
   """
-  programs = [prepare(config, vocab_size, cached) for config in configs]
+  others = options or [{}] * len(configs)
+  programs = [
+    prepare(config, vocab_size, cached, other)
+    for config, other in zip(configs, others, strict=True)
+  ]
   product, product_flops = peak_product()
   jax.block_until_ready(product())
   for turn in range(rounds):
@@ -281,6 +301,20 @@ def table(results: list[dict[str, Any]]) -> str:
   return "\n".join(lines)
 
 
+def parse_option(text: str) -> dict[str, str | bool]:
+  """ "NAME=VALUE" as {NAME: VALUE}. Raises UserError if it is none, or XLA has no such option."""
+  name, _, value = text.partition("=")
+  if not name or not value:
+    raise UserError(f"--compiler_option={text}: give NAME=VALUE, without the dashes of XLA_FLAGS")
+  option = {name: {"true": True, "false": False}.get(value, value)}
+  try:
+    jax.jit(lambda: 0).lower().compile(compiler_options=option)
+  except jax.errors.JaxRuntimeError as error:
+    told = str(error).splitlines()[0]
+    raise UserError(f"--compiler_option={text}: {told}; use one of XLA's options") from None
+  return option
+
+
 def main() -> None:
   """The command."""
   shapes = flags.DEFINE_list("shape", ["small"], f"Of {', '.join(SHAPES)}.")
@@ -289,6 +323,9 @@ def main() -> None:
     "sweep", [], "FIELD=VALUE,VALUE,...: one measurement each. Several: all combinations."
   )
   rounds = flags.DEFINE_integer("rounds", 5, "Timings of each.", 3)
+  compiler_options = flags.DEFINE_multi_string(
+    "compiler_option", [], "XLA's NAME=VALUE: each measurement once more, with it. Repeatable."
+  )
   cached = flags.DEFINE_boolean("cached", True, "Compile again, with the persistent cache.")
   in_turn = flags.DEFINE_boolean(
     "in_turn", False, "Time the measurements of a sweep in turn, and compare with the first."
@@ -300,19 +337,23 @@ def main() -> None:
     for flag, known in ((shapes, SHAPES), (couplers, COUPLERS)):
       if unknown := [name for name in flag.value if name not in known]:
         raise UserError(f"--{flag.name}={unknown[0]}: use some of {','.join(known)}")
-    if in_turn.value and not sweep.value:
+    if in_turn.value and not sweep.value and not compiler_options.value:
       raise UserError("--in_turn: nothing to compare; give a --sweep, its first value first")
+    options = {"": {}} | {text: parse_option(text) for text in compiler_options.value}
     results = []
     for shape in shapes.value:
       fields, vocab_size = SHAPES[shape]
       for coupler in couplers.value:
         base = with_fields(Config(name=shape), {**EVERYWHERE, **fields, **COUPLERS[coupler]})
         cells = parse_grid(sweep.value, base)
-        for group in [cells] if in_turn.value else [[cell] for cell in cells]:
-          configs = [with_fields(base, cell.values).validate() for cell in group]
-          measured = measure(configs, vocab_size, rounds.value, cached.value)
-          for cell, found in zip(group, measured, strict=True):
-            named = {"shape": shape, "coupler": coupler, "sweep": cell.name if cell.values else ""}
+        every = list(itertools.product(cells, options))
+        for group in [every] if in_turn.value else [[one] for one in every]:
+          configs = [with_fields(base, cell.values).validate() for cell, _ in group]
+          given = [options[text] for _, text in group]
+          measured = measure(configs, vocab_size, rounds.value, cached.value, given)
+          for (cell, text), found in zip(group, measured, strict=True):
+            changed = ",".join(filter(None, [cell.name if cell.values else "", text]))
+            named = {"shape": shape, "coupler": coupler, "sweep": changed}
             results.append({**named, **found})
             print(table(results[-1:]).splitlines()[-1], flush=True)
     print(table(results))

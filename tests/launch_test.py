@@ -11,6 +11,10 @@ import sys
 import pytest
 import yaml
 
+from benchmarks import train_step
+from hgnn_moe_jax.config import Config, with_fields
+from hgnn_moe_jax.sweep import parse_grid
+
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 TRAIN = ["--config=configs/quickstart.py", "--workdir=runs/my run"]
@@ -39,6 +43,7 @@ def assert_starts(*commands):
     capture_output=True,
     text=True,
     cwd=ROOT,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
     check=True,
   )
   assert json.loads(done.stdout.splitlines()[-1]) == [""] * len(commands)
@@ -74,6 +79,80 @@ def test_two_local_processes():
   assert [words[-1] for words in commands] == ["--process_id=0", "--process_id=1"]
   assert all("--coordinator=127.0.0.1:4321" in words for words in commands)
   assert_starts(*commands)
+
+
+def test_figures_of_a_gpu():
+  *commands, tests = dry("gpu_figures.sh", "runs/my figures", WIKITEXT="my text")
+  assert_starts(*commands)
+  assert tests[-4:] == ["pytest", "-p", "no:cacheprovider", "tests/gpu_test.py"]
+  for words in commands:
+    given = [w.partition("=")[::2] for w in words]
+    for shape in [name for flag, names in given if flag == "--shape" for name in names.split(",")]:
+      base = with_fields(Config(), {**train_step.EVERYWHERE, **train_step.SHAPES[shape][0]})
+      parse_grid([values for flag, values in given if flag == "--sweep"], base)
+    for option in [option for flag, option in given if flag == "--compiler_option"]:
+      train_step.parse_option(option)
+  runs = [words for words in commands if "hgnn_moe_jax.main" in words]
+  assert len(runs) == 3 and all("--config.data.path=my text" in words for words in runs)
+  results = [
+    word.partition("=")[2]
+    for words in commands
+    for word in words
+    if re.match(r"--(out|workdir)=", word)
+  ]
+  assert len(set(results)) == len(commands)
+  assert all(re.fullmatch(r"runs/my figures/\w+(\.json)?", result) for result in results)
+
+
+def test_figures_of_a_gpu_continue_and_tell_what_failed(tmp_path):
+  """An interpreter that writes what a command would, fails in one of them, and keeps a list."""
+  stub, folder, told = tmp_path / "python", tmp_path / "figures", tmp_path / "started"
+  stub.write_text(
+    f"#!{sys.executable}\n"
+    "import pathlib, sys\n"
+    "words = dict(w.partition('=')[::2] for w in sys.argv)\n"
+    f"with open({str(told)!r}, 'a') as file:\n"
+    "  print(words.get('--out') or words.get('--workdir') or 'tests', file=file)\n"
+    "if 'benchmarks.data' in sys.argv and not pathlib.Path(sys.argv[0] + '.mended').exists():\n"
+    "  sys.exit('error: no such thing')\n"
+    "if '--workdir' in words:\n"
+    "  folder = pathlib.Path(words['--workdir'])\n"
+    "  assert not folder.exists(), folder\n"
+    "  folder.mkdir()\n"
+    "  words['--out'] = folder / 'summary.json'\n"
+    "  cache = pathlib.Path(words['--config.data.cache_dir'])\n"
+    "  assert cache.exists() != (folder.name == 'cold'), cache\n"
+    "  cache.mkdir(exist_ok=True)\n"
+    "if '--out' in words:\n"
+    "  pathlib.Path(words['--out']).write_text('{}')\n"
+    "print('| a | row |')\n"
+  )
+  stub.chmod(0o755)
+
+  def start():
+    told.write_text("")
+    done = subprocess.run(
+      [LAUNCH / "gpu_figures.sh", folder],
+      env={**os.environ, "PYTHON": str(stub), "DRY_RUN": "0"},
+      capture_output=True,
+      text=True,
+    )
+    return done, [pathlib.Path(line).stem for line in told.read_text().splitlines()]
+
+  # A run that was stopped, and what an earlier call kept.
+  (folder / "cold").mkdir(parents=True)
+  (folder / "cache").mkdir()
+  done, started = start()
+  assert done.returncode == 1 and done.stderr == "failed: data\n"
+  assert f"data: failed, see {folder}/data.log\n" in done.stdout
+  assert (folder / "data.log").read_text() == "error: no such thing\n"
+  assert len(set(started)) == len(started) == 17
+  assert done.stdout.startswith("| a | row |\nshapes: ")
+  assert re.search(r"^cold: \d+ s$", (folder / "cold.log").read_text(), re.MULTILINE)
+  (tmp_path / "python.mended").touch()
+  done, started = start()
+  assert (done.returncode, done.stderr, started) == (0, "", ["data", "tests"])
+  assert done.stdout.startswith("shapes: there already\n")
 
 
 def test_slurm():

@@ -157,6 +157,68 @@ def test_turns_want_something_to_compare(command):
   assert status == 2 and said.startswith("error: --in_turn: nothing to compare; give a --sweep")
 
 
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_an_option_of_the_compiler_is_one_more_measurement(in_turn, command, monkeypatch, tmp_path):
+  asked, option = [], "xla_llvm_disable_expensive_passes=true"
+
+  def measure(configs, vocab_size, rounds, cached, options):
+    layers = [config.model.num_layers for config in configs]
+    asked.append(list(zip(layers, options, strict=True)))
+    return [{k: v for k, v in recorded().items() if k != "sweep"}] * len(configs)
+
+  monkeypatch.setattr(train_step, "measure", measure)
+  status, *_ = command(
+    train_step.main,
+    *("--shape=tiny", "--sweep=model.num_layers=1,2", f"--compiler_option={option}"),
+    *(f"--in_turn={in_turn}", f"--out={tmp_path / 'result.json'}"),
+  )
+  wanted = [(n, o) for n in (1, 2) for o in ({}, {"xla_llvm_disable_expensive_passes": True})]
+  assert status == 0
+  assert asked == ([wanted] if in_turn else [[one] for one in wanted])
+  found = json.loads((tmp_path / "result.json").read_text())["measurements"]
+  names = [f"num_layers={n}{more}" for n in (1, 2) for more in ("", f",{option}")]
+  assert [m["sweep"] for m in found] == names
+
+
+def test_each_program_is_compiled_with_its_own_options(monkeypatch):
+  compiled, (fields, V) = [], train_step.SHAPES["tiny"]
+  config = with_fields(Config(), {**fields, "training.steps": 1})
+
+  class Enough(Exception):
+    pass
+
+  def compile_seconds(lowered, cached, options):
+    compiled.append(options)
+    if len(compiled) == 2:
+      raise Enough
+    return (lambda state, feed, n: (state, None)), [1.0]
+
+  monkeypatch.setattr(train_step, "compile_seconds", compile_seconds)
+  monkeypatch.setattr(train_step, "dispatch_of", lambda *_: (None, None, None))
+  with pytest.raises(Enough):
+    train_step.measure([config] * 2, V, 3, options=[{}, {"xla_one": "1"}])
+  assert compiled == [{}, {"xla_one": "1"}]
+
+
+def test_the_compiler_is_told_its_options():
+  lowered = lambda: jax.jit(lambda x: x + 1).lower(jnp.ones(()))  # noqa: E731
+  with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_none'"):
+    train_step.compile_seconds(lowered, False, {"xla_none": True})
+
+
+@pytest.mark.parametrize(
+  ("option", "wanted"),
+  [
+    ("xla_cpu_fast", "give NAME=VALUE, without"),
+    ("xla_none=1", "INVALID_ARGUMENT: No such compile option: 'xla_none'; use one of XLA's"),
+    ("xla_gpu_autotune_level=high", "'high' is not a valid int32 value.; use one of XLA's"),
+  ],
+)
+def test_an_option_that_xla_does_not_have(command, option, wanted):
+  status, _, said = command(train_step.main, "--shape=tiny", f"--compiler_option={option}")
+  assert status == 2 and said.startswith(f"error: --compiler_option={option}: ") and wanted in said
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_second_compilation_can_be_left_out(cached):
   lowered = lambda: jax.jit(lambda x: x + 1).lower(jnp.ones(()))  # noqa: E731
@@ -164,9 +226,14 @@ def test_the_second_compilation_can_be_left_out(cached):
   assert len(seconds) == 1 + cached
 
 
-def test_a_table_without_the_second_compilation_or_any():
+def recorded():
+  """A measurement that was made."""
   file = pathlib.Path(train_step.__file__).parent / "results" / "small_cpu.json"
-  one, *_ = json.loads(file.read_text())["measurements"]
+  return json.loads(file.read_text())["measurements"][0]
+
+
+def test_a_table_without_the_second_compilation_or_any():
+  one = recorded()
   without = train_step.table([{**one, "compile_seconds_cached": None}])
   assert without.endswith(f"| {one['compile_seconds']:.1f} |")
   neither = train_step.table([{**one, "compile_seconds": None, "compile_seconds_cached": None}])

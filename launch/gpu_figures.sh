@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# What docs/performance.md says of a GPU, measured on this one: a JSON file and a log of each figure.
+#
+#   launch/gpu_figures.sh runs/gpu_figures
+#
+# Nothing else may use the GPU meanwhile. What has its file in the folder is not measured again, so
+# the same command continues what was stopped. What fails is named at the end, with its log, and
+# leaves the others alone; the exit status is then 1. WIKITEXT=FOLDER reads WikiText-2 from
+# train.txt, valid.txt and test.txt there instead of the hub's. DRY_RUN=1 prints the commands.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=${1:?give the folder of the results}
+python=${PYTHON:-python}
+failed=()
+trap 'exit 130' INT TERM
+
+attempt() {  # attempt NAME FILE COMMAND...: runs it, unless its file is there
+  local name=$1 file=$2 started=$SECONDS
+  shift 2
+  if [ "${DRY_RUN:-0}" = 1 ]; then
+    printf '%q ' "$@"
+    echo
+    return
+  fi
+  if [ -n "$file" ] && [ -e "$file" ]; then
+    echo "$name: there already"
+    return
+  fi
+  mkdir -p "$folder"
+  if "$@" >"$folder/$name.log" 2>&1 </dev/null; then
+    grep -E '^\||passed' "$folder/$name.log" || true
+    echo "$name: $((SECONDS - started)) s" | tee -a "$folder/$name.log"
+  else
+    echo "$name: failed, see $folder/$name.log"
+    failed+=("$name")
+  fi
+}
+
+measure() {  # measure NAME BENCHMARK OPTIONS...
+  attempt "$1" "$folder/$1.json" "$python" -m "benchmarks.$2" "${@:3}" --out="$folder/$1.json"
+}
+
+headline() {  # headline NAME: the original's protocol, whole; NAME.log ends with the wall time
+  local text=()
+  # A run that was stopped begins again, since its time is the figure; the first with no cache.
+  if [ "${DRY_RUN:-0}" != 1 ] && [ ! -e "$folder/$1/summary.json" ]; then
+    rm -rf "${folder:?}/$1"
+    if [ "$1" = cold ]; then rm -rf "$folder/cache"; fi
+  fi
+  if [ -n "${WIKITEXT:-}" ]; then
+    text=(--config.data.source=text --config.data.path="$WIKITEXT")
+  fi
+  attempt "$1" "$folder/$1/summary.json" "$python" -m hgnn_moe_jax.main --quiet \
+    --config=configs/original.py --config.seed=42 --config.data.cache_dir="$folder/cache" \
+    --workdir="$folder/$1" "${text[@]}"
+}
+
+# As XLA has it by default, and loops besides.
+graphs=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE
+
+measure shapes train_step --shape=original,d384 --coupler=graph,hypergraph
+measure large train_step --shape=large --sweep=model.unrolled_layers=4,12 \
+  --sweep=training.steps_per_dispatch=4 --in_turn --nocached
+# What has been planned and not timed: a loop in a CUDA graph, products in place as JAX has them.
+measure dispatch train_step --shape=original --sweep=training.steps_per_dispatch=8,40 --in_turn \
+  --nocached --compiler_option=xla_gpu_enable_command_buffer="$graphs" \
+  --compiler_option=xla_gpu_enable_dynamic_slice_fusion=true
+measure overhead overhead --config=configs/original.py --vocab_size=50257 --steps=32 \
+  --variant="adaptive both"
+headline cold
+headline cached_1
+headline cached_2
+measure parts_original parts --shape=original
+measure parts_large parts --shape=large
+measure generation generation --shape=original --coupler=graph,hypergraph
+measure data data
+measure experts train_step --shape=original --nocached --sweep=model.num_experts=2,4,8,16,32,64
+measure length train_step --shape=original --nocached --sweep=model.max_length=128,256,512,1024,2048
+measure layers train_step --shape=original --nocached --sweep=model.num_layers=1,2,4,8,16
+measure accumulation train_step --shape=original --nocached --in_turn \
+  --sweep=training.accumulation=1,2,4
+measure selected train_step --shape=original --nocached --in_turn \
+  --sweep=model.selected_experts=0,1,2
+attempt tests "" env JAX_PLATFORMS=cuda JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
+  "$python" -m pytest -p no:cacheprovider tests/gpu_test.py
+
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}" >&2
+  exit 1
+fi
