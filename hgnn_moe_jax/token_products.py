@@ -31,6 +31,11 @@ def _few(num_experts: int) -> bool:
   return num_experts <= _MOST_WRITTEN_OUT and not on_mesh()
 
 
+def by_matrices(a_EBTD: jax.Array) -> bool:
+  """Whether such vectors are multiplied as matrices, token by token: XLA wants tokens first."""
+  return not _tokens_on_gpu(a_EBTD) and not _few(a_EBTD.shape[0])
+
+
 def _tokens_on_gpu(a_EBTD: jax.Array) -> bool:
   """Whether kernels make such vectors' products."""
   E, B, T, D = a_EBTD.shape

@@ -51,9 +51,17 @@ class GraphOperator(nn.Module):
     gate_DX = self.param("gate_kernel", named(fan_in_normal(D), "embed", None), (D, 2))
     gate_bias = self.param("gate_bias", nn.initializers.zeros, ())
     receiver_EBT, sender_EBT = scores(h_EBTD, gate_DX)
-    gate_EEBT = jax.nn.sigmoid(receiver_EBT[:, None] + sender_EBT[None] + gate_bias)
     share_EE = adjacency_EE / adjacency_EE.sum(1, keepdims=True)
-    return share_EE[:, :, None, None] * gate_EEBT
+    if not token_products.by_matrices(h_EBTD):
+      gate_EEBT = jax.nn.sigmoid(receiver_EBT[:, None] + sender_EBT[None] + gate_bias)
+      return share_EE[:, :, None, None] * gate_EEBT
+    # Made with tokens first, and not turned: E^2 numbers a token, one by one out of order. The
+    # barrier keeps the turning of the scores out of what is made of them.
+    receiver_BTE, sender_BTE = jax.lax.optimization_barrier(
+      [jnp.moveaxis(score_EBT, 0, -1) for score_EBT in (receiver_EBT, sender_EBT)]
+    )
+    gate_BTEE = jax.nn.sigmoid(receiver_BTE[..., None] + sender_BTE[..., None, :] + gate_bias)
+    return jnp.moveaxis(share_EE[None, None] * gate_BTEE, (2, 3), (0, 1))
 
 
 class HypergraphOperator(nn.Module):

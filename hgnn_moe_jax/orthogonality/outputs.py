@@ -75,8 +75,15 @@ def update_overlap(
   inverse_EBT = gram.inverse_norm(squared_norm_EBT)
   cosine_EEBT = products_EEBT * inverse_EBT[:, None] * inverse_EBT[None]
   squared_scale_E = gram.contract("ebt,bt->e", squared_norm_EBT, shares_BT)
+
+  def token_mean(values_EEBT: jax.Array) -> jax.Array:
+    if token_products.by_matrices(updates_EBTD):
+      # As a product XLA would write these numbers down, one for each pair and token.
+      return jnp.sum(values_EEBT * shares_BT[None, None], axis=(2, 3))
+    return gram.contract("efbt,bt->ef", values_EEBT, shares_BT)
+
   if form == "cosine":
-    overlap_EE = _token_mean(jnp.square(cosine_EEBT), shares_BT)
+    overlap_EE = token_mean(jnp.square(cosine_EEBT))
   else:
     mean_ED = token_products.share_mean(updates_EBTD, shares_BT)
     centred_EBTD = updates_EBTD.astype(jnp.float32) - mean_ED[:, None, None, :]
@@ -86,8 +93,8 @@ def update_overlap(
       overlap_EE = _covariance_overlap(centred_EBTD, shares_BT, squared_scale_E)
   return UpdateOverlap(
     overlap_EE=overlap_EE,
-    absolute_cosine_EE=_token_mean(jnp.abs(cosine_EEBT), shares_BT),
-    cosine_EE=_token_mean(cosine_EEBT, shares_BT),
+    absolute_cosine_EE=token_mean(jnp.abs(cosine_EEBT)),
+    cosine_EE=token_mean(cosine_EEBT),
     # sqrt with a finite derivative at 0
     scale_E=squared_scale_E * gram.inverse_norm(squared_scale_E),
   )
@@ -163,10 +170,6 @@ def _covariance_overlap(
   weighted_EBTD = unit_EBTD * shares_BT[None, :, :, None]
   covariance_EEDD = gram.contract("ebtd,fbtg->efdg", weighted_EBTD, unit_EBTD)
   return gram.normalize(jnp.sum(jnp.square(covariance_EEDD), axis=(-2, -1)))
-
-
-def _token_mean(values_EEBT: jax.Array, shares_BT: jax.Array) -> jax.Array:
-  return gram.contract("efbt,bt->ef", values_EEBT, shares_BT)
 
 
 def _check(form: Form) -> None:

@@ -124,6 +124,18 @@ def test_what_a_step_launches(measured, tmp_path, monkeypatch, field, is_loop):
   assert is_loop or launched == ["kCommandBuffer"]
 
 
+def test_messages_of_many_experts_lie_in_rows(measured, tmp_path, monkeypatch):
+  """XLA's layouts once put experts last, and wrote GELU down in float32, in three parts."""
+  monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text")
+  config = ["--config=configs/quickstart.py", "--vocab_size=300", "--target=H100"]
+  B, T, D, E = 4, 128, 256, 32
+  config += [f"--config.model.embed_dim={D}", f"--config.model.num_experts={E}"]
+  measured("benchmarks.memory", *config, f"--config.training.batch_size={B}")
+  (program,) = tmp_path.glob("*train_step*after_optimizations.txt")
+  text = program.read_text()
+  assert f"[{E},{B},{T},{D}]" in text and f"[{B},{T},{D},{E}]" not in text
+
+
 def test_the_table_of_memory():
   one = {"target": "A100", "parameters": 39_457_928, "state_bytes": 0.5e9, "temporary_bytes": 3.5e9}
   *_, row = memory.table([{"config": "mine", "sweep": "accumulation=4", **one}]).splitlines()

@@ -60,3 +60,13 @@ def relabel():
 @pytest.fixture(scope="session")
 def assert_slopes():
   return _assert_slopes
+
+
+@pytest.fixture
+def optimised():
+  """XLA compiles as it does for users."""
+  name = "jax_disable_most_optimizations"
+  before = jax.config.read(name)
+  jax.config.update(name, False)
+  yield
+  jax.config.update(name, before)

@@ -41,16 +41,6 @@ def test_normalize_keeps_its_result():
   np.testing.assert_array_equal(kept[0], normal)
 
 
-@pytest.fixture
-def optimised():
-  """XLA compiles as it does for users."""
-  name = "jax_disable_most_optimizations"
-  before = jax.config.read(name)
-  jax.config.update(name, False)
-  yield
-  jax.config.update(name, before)
-
-
 def test_layer_norm_keeps_two_arrays(optimised):
   """By XLA's plan: what is normalised and what is multiplied next; gains and deviations it would
   keep repeated, where arrays have some megabytes."""

@@ -80,9 +80,11 @@ def test_update_overlap_by_hand():
   np.testing.assert_allclose(covariance.overlap_EE, np.ones((3, 3)), rtol=1e-6)
 
 
+# Nine experts' products are those of matrices.
+@pytest.mark.parametrize("experts", [3, 9])
 @pytest.mark.parametrize("form", outputs.FORMS)
-def test_agrees_with_the_naive_twin(form):
-  updates = _normal(0, 3, 2, 5, 4) + 2.0  # a mean to be removed
+def test_agrees_with_the_naive_twin(form, experts):
+  updates = _normal(0, experts, 2, 5, 4) + 2.0  # a mean to be removed
   for measured, expected in zip(
     _overlap(jnp.asarray(updates), jnp.asarray(_mask()), form),
     _naive(updates, _mask(), form),
@@ -91,13 +93,14 @@ def test_agrees_with_the_naive_twin(form):
     np.testing.assert_allclose(measured, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("experts", [3, 9])
 @pytest.mark.parametrize("form", outputs.FORMS)
 @pytest.mark.parametrize("field", range(4))
-def test_gradients_agree_with_finite_differences_of_the_naive_twin(form, field):
-  updates = _normal(1, 3, 2, 5, 4)
-  direction = _normal(2, 3, 2, 5, 4).astype(np.float64)
-  pick = _normal(3, *((3,) if field == 3 else (3, 3)))
-  picks = [jnp.zeros_like(one) for one in _ones(3)]
+def test_gradients_agree_with_finite_differences_of_the_naive_twin(form, field, experts):
+  updates = _normal(1, experts, 2, 5, 4)
+  direction = _normal(2, experts, 2, 5, 4).astype(np.float64)
+  pick = _normal(3, *((experts,) if field == 3 else (experts, experts)))
+  picks = [jnp.zeros_like(one) for one in _ones(experts)]
   picks[field] = jnp.asarray(pick)
   _, gradient = _picked_and_gradient(jnp.asarray(updates), jnp.asarray(_mask()), picks, 0.0, form)
   ends = [
