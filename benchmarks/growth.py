@@ -93,14 +93,15 @@ def table(found: Sequence[Curve], ranges: Sequence[Range] = ()) -> str:
   """A row for each curve, and for each part of it in `ranges`."""
   lines = [f"| coupler | field | range | {' | '.join(QUANTITIES)} |", "|---" * 7 + "|"]
   for curve in found:
-    every = list(curve.points)
-    parts = [(every[0], every[-1]), *((r.low, r.high) for r in ranges if r.field == curve.field)]
-    for low, high in parts:
-      within = {n: m for n, m in curve.points.items() if low <= n <= high}
-      if len(within) > 1:
-        slopes = exponents(within).values()
+    parts = [curve.points]
+    for _, low, high in [r for r in ranges if r.field == curve.field]:
+      parts.append({n: m for n, m in curve.points.items() if low <= n <= high})
+    for number, points in enumerate(parts):
+      if len(points) > 1 and points not in parts[:number]:
+        slopes = exponents(points).values()
         told = " | ".join("-" if slope is None else f"{slope:z.2f}" for slope in slopes)
-        lines.append(f"| {curve.coupler} | {curve.field} | {low:,} to {high:,} | {told} |")
+        span = f"{min(points):,} to {max(points):,}"
+        lines.append(f"| {curve.coupler} | {curve.field} | {span} | {told} |")
   return "\n".join(lines)
 
 

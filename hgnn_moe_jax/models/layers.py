@@ -171,9 +171,9 @@ def _row_major(x: jax.Array) -> jax.Array:
   """x, laid out in the order of its axes on a GPU; what is made of it entry by entry follows.
 
   For the messages of more than eight experts XLA had chosen to lay out GELU with experts last, and
-  wrote it down in float32, in three parts.
+  wrote it down in float32, in three parts. Not on a mesh: the partitioner would bring x together.
   """
-  if jax.default_backend() != "gpu":
+  if jax.default_backend() != "gpu" or on_mesh():
     return x
   return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 

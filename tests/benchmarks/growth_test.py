@@ -41,13 +41,14 @@ def test_exponents_by_hand():
 def test_a_table_with_parts():
   other = [measurement(f"num_experts={n}", 1.0 * n, coupler="hypergraph") for n in (2, 4)]
   found = growth.curves(EXPERTS + other + LAYERS)
-  ranges = [growth.parse_range("model.num_experts=4:8"), growth.parse_range("num_layers=2:16")]
+  ranges = ["model.num_experts=3:9", "num_experts=1:9", "num_layers=2:16"]
+  ranges = list(map(growth.parse_range, ranges))
   heading, _, *rows = growth.table(found, ranges).splitlines()
   assert heading == "| coupler | field | range | time | operations | memory | compilation |"
   assert rows == [
     "| graph | num_experts | 2 to 8 | 1.50 | 1.00 | 0.50 | - |",
     "| graph | num_experts | 4 to 8 | 1.00 | 1.00 | 0.50 | - |",
-    # Of the hypergraph's two values only one lies within the part.
+    # Of the hypergraph's two values only one lies within the first part, and all in the second.
     "| hypergraph | num_experts | 2 to 4 | 1.00 | 1.00 | 0.50 | - |",
     "| graph | num_layers | 1 to 16 | 0.00 | 1.00 | 0.50 | 1.00 |",
   ]

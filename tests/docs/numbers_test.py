@@ -7,11 +7,10 @@ import math
 import pathlib
 import re
 
-import numpy as np
 import pytest
 
 import hgnn_moe_jax
-from benchmarks import data, generation, memory, overhead, parts, scaling, train_step
+from benchmarks import data, generation, growth, memory, overhead, parts, scaling, train_step
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -179,24 +178,14 @@ def test_the_originals_headline_is_the_measured_one():
   assert f"{told}: {few_rate},000 tokens/s with 8, {many_rate},000 with 40" in text
 
 
-def test_the_exponents_on_a_gpu_are_those_of_the_measured_sweeps():
-  result = json.loads((ROOT / "benchmarks" / "results" / "sweeps_h200.json").read_text())
-  table = [row for row in rows(page("performance.md"), r"`model\.\w+`|") if len(row) == 5]
-  assert len(table) == 5
-  swept = ""
-  for field, span, *told in table:
-    swept = field.strip("`").removeprefix("model.") or swept
-    low, high = (int(n.replace(",", "")) for n in span.split(" to "))
-    points = {
-      int(m["sweep"].split("=")[1]): m for m in result["measurements"] if swept in m["sweep"]
-    }
-    within = {n: m for n, m in points.items() if low <= n <= high}
-    for quantity, exponent in zip(
-      ("seconds_per_step", "matmul_flops", "peak_memory_bytes"), told, strict=True
-    ):
-      values = [m[quantity] for m in within.values()]
-      slope, _ = np.polyfit(np.log(list(within)), np.log(values), 1)
-      assert exponent == f"{slope:.2f}", (swept, span, quantity)
+@pytest.mark.parametrize("name", ["sweeps_h200", "sweeps_cpu"])
+def test_exponents_are_those_of_the_measured_sweeps(name):
+  """By the command on the page."""
+  text = re.sub(r"\\\n\s*", "", page("performance.md"))
+  (command,) = re.findall(rf"python -m benchmarks.growth \S*/{name}.json.*", text)
+  ranges = [growth.parse_range(words) for words in re.findall(r"--within=(\S+)", command)]
+  result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+  assert ranges and growth.table(growth.curves(result["measurements"]), ranges) in text
 
 
 @pytest.mark.parametrize(("name", "shape"), [("parts_cpu", "small"), ("parts_h200", "large")])
