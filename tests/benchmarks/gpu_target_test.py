@@ -80,9 +80,14 @@ def measured(tmp_path_factory):
 
 
 def test_a_program_for_gpus(measured):
-  (cell,) = measured("benchmarks.scaling", "--shape=tiny", "--devices=8", "--target=H200")
+  cell, on_cpu = (
+    *measured("benchmarks.scaling", "--shape=tiny", "--devices=8", "--target=H200"),
+    *measured("benchmarks.scaling", "--shape=tiny", "--devices=8", "--target=cpu"),
+  )
   assert cell["target"] == "H200"
   assert {"reduce-scatter", "all-gather"} <= cell["sent_bytes"].keys()
+  # What is for GPUs alone is no reason to send more.
+  assert sum(cell["sent_bytes"].values()) <= sum(on_cpu["sent_bytes"].values())
 
 
 def test_what_a_config_needs(measured):
