@@ -5,7 +5,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from hgnn_moe_jax.layout import on_mesh
 from hgnn_moe_jax.token_sums import on_tokens, repeated_anew
@@ -164,18 +163,7 @@ def gelu(x: jax.Array) -> jax.Array:
   """GELU by tanh (Hendrycks and Gimpel 2016), of which the backward pass keeps x only."""
   if jax.default_backend() == "cpu":
     return jax.checkpoint(jax.nn.gelu)(x)
-  return _gelu_of_accelerator(_row_major(x))
-
-
-def _row_major(x: jax.Array) -> jax.Array:
-  """x, laid out in the order of its axes on a GPU; what is made of it entry by entry follows.
-
-  For the messages of more than eight experts XLA had chosen to lay out GELU with experts last, and
-  wrote it down in float32, in three parts. Not on a mesh: the partitioner would bring x together.
-  """
-  if jax.default_backend() != "gpu" or on_mesh():
-    return x
-  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+  return _gelu_of_accelerator(x)
 
 
 _GELU = (8 / jnp.pi) ** 0.5, 0.044715

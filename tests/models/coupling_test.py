@@ -1,9 +1,11 @@
 """Every coupler: tokens apart, experts interchangeable, values and gradients as in naive loops."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
+import math
 import re
 
 import jax
@@ -12,8 +14,10 @@ import numpy as np
 import pytest
 from flax.core import meta
 from jax.extend import core as extend_core
+from jax.sharding import AbstractMesh
 
 from benchmarks.flops import matmul_flops
+from hgnn_moe_jax import sharding
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.models import coupling
 
@@ -241,6 +245,32 @@ def test_numbers_of_pairs_of_many_experts_are_not_turned(optimised):
   turned = re.findall(r"= \w+\[([\d,]+)\]\S* (?:transpose|copy)\(", program)
   entries = [np.prod([int(size) for size in axes.split(",")]) for axes in turned]
   assert entries and E * E * B * T not in entries
+
+
+@pytest.mark.parametrize(
+  ("backend", "E", "mesh", "part"),
+  [
+    ("gpu", 9, (1, 1, 1), "9,2,6,16"),
+    ("gpu", 9, (2, 3, 1), "9,1,2,16"),  # rows over data, tokens over experts' devices
+    ("gpu", 9, (2, 4, 1), None),  # four do not divide a row
+    ("cpu", 9, (1, 1, 1), None),
+  ],
+)
+def test_messages_of_many_experts_lie_in_rows(backend, E, mesh, part, monkeypatch):
+  """Each device's own, on a mesh: the partitioner gathers what is laid out on demand."""
+  config = _config(("graph",), E)
+  shapes = _shapes(config)
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  y_EBTD = jax.ShapeDtypeStruct((E, B, T, D), jnp.float32)
+  on = AbstractMesh(mesh, sharding.AXES, axis_types=sharding.AXIS_TYPES)
+  with jax.sharding.use_abstract_mesh(on) if math.prod(mesh) > 1 else contextlib.nullcontext():
+    traced = str(jax.make_jaxpr(lambda p, y: _forward_and_pull(config)(p, y, y))(shapes, y_EBTD))
+  found = re.findall(
+    r":f32\[([\d,]+)\]\S* = layout_constraint\[\s*layout=Layout(\S*\(.*?\))", traced
+  )
+  # Forward, and the gradient on its way back.
+  assert found == ([(part, "(major_to_minor=(0, 1, 2, 3)")] * 2 if part else [])
+  assert ("shard_map" in traced) == ("layout_constraint" in traced and math.prod(mesh) > 1)
 
 
 def _weighted(y_EBTD):
