@@ -50,6 +50,7 @@ def problem(module: str, arguments: list[str]) -> str:
 
 
 _WITH_WORDS = (
+  "benchmarks.growth",
   "hgnn_moe_jax.analysis",
   "hgnn_moe_jax.analysis.compare",
   "hgnn_moe_jax.analysis.watch",

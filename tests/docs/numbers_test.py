@@ -182,7 +182,7 @@ def test_the_originals_headline_is_the_measured_one():
 def test_exponents_are_those_of_the_measured_sweeps(name):
   """By the command on the page."""
   text = re.sub(r"\\\n\s*", "", page("performance.md"))
-  (command,) = re.findall(rf"python -m benchmarks.growth \S*/{name}.json.*", text)
+  (command,) = re.findall(rf"python -m benchmarks.growth \S*/{name}.json --within.*", text)
   ranges = [growth.parse_range(words) for words in re.findall(r"--within=(\S+)", command)]
   result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
   assert ranges and growth.table(growth.curves(result["measurements"]), ranges) in text
