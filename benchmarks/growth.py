@@ -52,7 +52,7 @@ def curves(measurements: Sequence[dict[str, Any]]) -> list[Curve]:
   """In the order in which they were measured.
 
   Raises:
-    UserError: a measurement in which no field, several, or no whole number was changed; two of one
+    UserError: no measurement; one in which no field, several, or no whole number was changed; two of one
       name; or a field with one value.
   """
   found: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
@@ -66,6 +66,8 @@ def curves(measurements: Sequence[dict[str, Any]]) -> list[Curve]:
     if int(value) in points:
       raise UserError(f"{m['shape']} {m['coupler']} {m['sweep']}: there twice; give it once")
     points[int(value)] = m
+  if not found:
+    raise UserError("measurements=[]: nothing to fit; give files of --sweep=FIELD=VALUES")
   result = [Curve(*name, dict(sorted(points.items()))) for name, points in found.items()]
   for curve in result:
     if len(curve.points) < 2:

@@ -4,7 +4,7 @@
 #   launch/gpu_figures.sh runs/gpu_figures
 #
 # Nothing else may use the GPU meanwhile. What has its file in the folder is not measured again, so
-# the same command continues what was stopped. What fails is named at the end, with its log, and
+# the same command continues what was stopped; a whole run that was stopped begins again. What fails is named at the end, with its log, and
 # leaves the others alone; the exit status is then 1. WIKITEXT=FOLDER reads WikiText-2 from
 # train.txt, valid.txt and test.txt there instead of the hub's. DRY_RUN=1 prints the commands.
 set -euo pipefail
@@ -55,7 +55,7 @@ headline() {  # headline NAME: the original's protocol, whole; NAME.log ends wit
     --workdir="$folder/$1" "${text[@]}"
 }
 
-# As XLA has it by default, and loops besides.
+# What XLA puts into the CUDA graphs of these programs by default, and loops besides.
 graphs=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE
 
 measure shapes train_step --shape=original,d384 --coupler=graph,hypergraph

@@ -73,11 +73,9 @@ class GraphOperator(nn.Module):
     if not token_products.by_matrices(h_EBTD):
       gate_EEBT = jax.nn.sigmoid(receiver_EBT[:, None] + sender_EBT[None] + gate_bias)
       return share_EE[:, :, None, None] * gate_EEBT
-    # Made with tokens first, and not turned: E^2 numbers a token, one by one out of order. The
-    # barrier keeps the turning of the scores out of what is made of them.
-    receiver_BTE, sender_BTE = jax.lax.optimization_barrier(
-      [jnp.moveaxis(score_EBT, 0, -1) for score_EBT in (receiver_EBT, sender_EBT)]
-    )
+    # With tokens first, as the products of matrices read it: XLA would transpose E^2 numbers for
+    # every token.
+    receiver_BTE, sender_BTE = (jnp.moveaxis(s, 0, -1) for s in (receiver_EBT, sender_EBT))
     gate_BTEE = jax.nn.sigmoid(receiver_BTE[..., None] + sender_BTE[..., None, :] + gate_bias)
     return jnp.moveaxis(share_EE[None, None] * gate_BTEE, (2, 3), (0, 1))
 

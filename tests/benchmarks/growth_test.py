@@ -57,6 +57,7 @@ def test_a_table_with_parts():
 @pytest.mark.parametrize(
   ("measurements", "message"),
   [
+    ([], r"measurements=\[\]: nothing to fit"),
     ([{**EXPERTS[0], "sweep": ""}], "sweep='': give files of --sweep=FIELD=VALUES"),
     ([{**EXPERTS[0], "sweep": "a=1,b=2"}], "sweep='a=1,b=2': give files"),
     ([{**EXPERTS[0], "sweep": "remat=True"}], "sweep='remat=True': give files"),
