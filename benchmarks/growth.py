@@ -52,8 +52,8 @@ def curves(measurements: Sequence[dict[str, Any]]) -> list[Curve]:
   """In the order in which they were measured.
 
   Raises:
-    UserError: no measurement; one in which no field, several, or no whole number was changed; two of one
-      name; or a field with one value.
+    UserError: no measurement; one in which no field, several, or no whole number was changed; two
+      of one name; or a field with one value.
   """
   found: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
   for m in measurements:
