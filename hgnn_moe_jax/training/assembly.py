@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -55,7 +56,8 @@ class Assembly:
   @functools.cached_property
   def init_state(self) -> Callable[[int], TrainState]:
     """init_state(seed), see `step.make_init`."""
-    return step.make_init(self.model, self.optimizer, self.controller, self.shardings)
+    init = step.make_init(self.model, self.optimizer, self.controller, self.shardings)
+    return lambda seed: init(np.uint32(seed))
 
   @functools.cached_property
   def train_step(self) -> step.TrainStep:
@@ -154,7 +156,7 @@ def _assembled(
   learning_rate = optimizers.learning_rate_schedule(config.training, total)
   optimizer = optimizers.build(config.training, learning_rate, params)
   controller = make_controller(config, total)
-  state = jax.eval_shape(lambda: step.make_init(model, optimizer, controller)(0))
+  state = jax.eval_shape(step.make_init(model, optimizer, controller), np.uint32(0))
   parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
   if mesh is not None:
     where = sharding.parameter_shardings(mesh, config.mesh.fsdp, model.axes(), params)

@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint.experimental.v1.options import ArrayOptions
 
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.training import processes
@@ -25,6 +26,8 @@ from hgnn_moe_jax.training.records import run_folder_errors
 from hgnn_moe_jax.training.state import TrainState
 
 _ATTEMPTS = 5  # To open a folder in which another process saves and deletes.
+# Devices that hold the same array write a part of it each, if parts are not smaller than this.
+_PART_BYTES = 2**20
 
 
 class Checkpointer:
@@ -63,7 +66,9 @@ class Checkpointer:
         _drop_damaged_losses(self._folder)
       processes.wait_for_all("the checkpoints can be listed")
       self._manager = _opened(
-        lambda: ocp.CheckpointManager(self._folder.resolve(), options=options)
+        lambda: ocp.CheckpointManager(
+          self._folder.resolve(), options=options, item_handlers=_handlers()
+        )
       )
     # With several devices Orbax copies each one's part, and several processes do it in step.
     self._thread = ThreadPoolExecutor(1, "checkpoint") if jax.device_count() == 1 else None
@@ -88,7 +93,7 @@ class Checkpointer:
 
     def write(state: TrainState) -> None:  # arrays of JAX or of numpy
       sealed = {"content": note, "checksums": checksums(state, note)}
-      args = ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(sealed))
+      args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), note=ocp.args.JsonSave(sealed))
       try:
         self._manager.wait_until_finished()  # Raises what went wrong with the save before,
       finally:  # which is no reason not to write this one.
@@ -156,7 +161,10 @@ class Checkpointer:
       ),
       like,
     )
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), note=ocp.args.JsonRestore())
+    where = ocp.checkpoint_utils.construct_restore_args(abstract)
+    args = ocp.args.Composite(
+      state=ocp.args.PyTreeRestore(abstract, restore_args=where), note=ocp.args.JsonRestore()
+    )
     manager = self._settled()
     try:
       restored = manager.restore(step, args=args)
@@ -259,6 +267,24 @@ def _is_key(leaf: Any) -> bool:
 
 def _loss(metrics: dict[str, float]) -> float:
   return metrics["loss"]
+
+
+def _handlers() -> dict[str, ocp.CheckpointHandler]:
+  """Orbax's own for states and notes, but that small arrays are not cut into parts.
+
+  Cutting is a compiled program for every shape: seconds of a first save, in which training waits.
+  """
+  kinds = ocp.type_handlers
+  arrays = kinds.ArrayHandler(
+    # Tells keys from numbers.
+    array_metadata_store=ArrayOptions.Saving().array_metadata_store,
+    min_slice_bytes_for_replica_parallel=_PART_BYTES,
+  )
+  registry = kinds.create_type_handler_registry(
+    (np.ndarray, kinds.NumpyHandler()), (jax.Array, arrays)
+  )
+  state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+  return {"state": state, "note": ocp.JsonCheckpointHandler()}
 
 
 def _drop_damaged_losses(folder: pathlib.Path) -> None:

@@ -9,9 +9,10 @@ import sys
 from typing import Any
 
 import jax
+from jax import monitoring
 
 from hgnn_moe_jax.config import Config
-from hgnn_moe_jax.training import evaluate, loop
+from hgnn_moe_jax.training import checkpoint, evaluate, loop
 
 
 class EvaluatorOnAll(evaluate.Evaluator):
@@ -24,9 +25,22 @@ class EvaluatorOnAll(evaluate.Evaluator):
     super().__init__(*args)
 
 
+class CheckpointerThatCompilesNothing(checkpoint.Checkpointer):
+  """Stops if a save compiles a program: training waits for it."""
+
+  def save(self, *args: Any, **kwargs: Any) -> None:
+    compiled = []
+    listen = lambda event, seconds, **_: compiled.append(event)  # noqa: E731
+    monitoring.register_event_duration_secs_listener(listen)
+    super().save(*args, **kwargs)
+    monitoring.unregister_event_duration_listener(listen)
+    assert not [event for event in compiled if event.endswith("backend_compile_duration")]
+
+
 if __name__ == "__main__":
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   evaluate.Evaluator = EvaluatorOnAll
+  loop.Checkpointer = CheckpointerThatCompilesNothing
   for line in sys.stdin:
     run = json.loads(line)
     workdir = pathlib.Path(run["workdir"])
