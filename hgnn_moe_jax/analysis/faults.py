@@ -1,5 +1,6 @@
 """Damage to a run, on purpose: a copy of its folder in which the experts have become one."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -18,6 +19,8 @@ from hgnn_moe_jax.training.checkpoint import Checkpointer
 from hgnn_moe_jax.training.state import TrainState
 
 
+# Leaf by leaf it would be hundreds of programs: one operation each, of every shape.
+@functools.partial(jax.jit, static_argnames="noise")
 def clone_experts(state: TrainState, noise: float, seed: int = 0) -> TrainState:
   """Expert 0 of every layer in the place of all experts.
 

@@ -299,12 +299,13 @@ def test_pooled_is_the_pool_of_the_coupled(variant, rounds, random_params):
     out_BTD, pull = jax.vjp(function, params, y_EBTD)
     return out_BTD, pull(cotangent_BTD)
 
-  for one, other in zip(*map(jax.tree.leaves, map(run, (pooled, pooled_after))), strict=True):
+  ran = (jax.jit(functools.partial(run, function))() for function in (pooled, pooled_after))
+  for one, other in zip(*map(jax.tree.leaves, ran), strict=True):
     # At least 1: the gate's bias has a sum of many terms of that size, which nearly cancel.
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(1, np.abs(other).max()))
-  rounded_BTD = pooled(params, y_EBTD, jnp.dtype(jnp.bfloat16))
+  rounded_BTD = jax.jit(pooled, static_argnums=2)(params, y_EBTD, jnp.dtype(jnp.bfloat16))
   assert rounded_BTD.dtype == jnp.float32
-  wanted_BTD = pooled_after(params, y_EBTD)
+  wanted_BTD = jax.jit(pooled_after)(params, y_EBTD)
   np.testing.assert_allclose(rounded_BTD, wanted_BTD, rtol=0, atol=0.03 * np.abs(wanted_BTD).max())
 
 

@@ -58,11 +58,18 @@ def batch_of(rows: int, seed: int = 0, lengths: Any = None) -> Batch:
 
 def gradient_of(pieces: Pieces, state: Any, batch: Batch) -> Any:
   after, _ = pieces.step(state, batch)
-  return jax.tree.map(lambda a, b: (a - b) / RATE, state.params, after.params)
+  return descended(state, after)
+
+
+def descended(before: Any, after: Any) -> Any:
+  """The gradient by which one state became the other, in numpy: many shapes, an operation each."""
+  return jax.tree.map(
+    lambda a, b: (np.asarray(a) - np.asarray(b)) / np.float32(RATE), before.params, after.params
+  )
 
 
 def assert_close(a: Any, b: Any, tolerance: float) -> None:
-  scale = math.sqrt(sum(float(jnp.sum(jnp.square(x))) for x in jax.tree.leaves(b)))
+  scale = math.sqrt(sum(float(np.sum(np.square(np.asarray(x)))) for x in jax.tree.leaves(b)))
   for (path, x), y in zip(
     jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True
   ):
@@ -158,8 +165,7 @@ def test_pairs_weigh_their_overlap_in_the_loss(plain_step):
   np.testing.assert_allclose(record.loss, loss, rtol=1e-5)
   np.testing.assert_allclose(record.weight_penalty, weight_L, rtol=1e-5)
   np.testing.assert_allclose(record.output_penalty, output_L, rtol=1e-5)
-  got = jax.tree.map(lambda a, b: (a - b) / RATE, pieces.state.params, after.params)
-  assert_close(got, gradient, 2e-5)
+  assert_close(descended(pieces.state, after), gradient, 2e-5)
   np.testing.assert_array_equal(record.weight_pairs, weight_pairs)
 
 
