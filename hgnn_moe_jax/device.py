@@ -1,6 +1,7 @@
 """What the first device of this process is, and what XLA is told because of it."""
 
 import os
+from typing import Any
 
 import jax
 
@@ -46,5 +47,20 @@ def compiler_options() -> dict[str, str | bool]:
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
     "xla_gpu_enable_dynamic_slice_fusion": False,
   }
+  return _unless_set(options)
+
+
+def initialization_options() -> dict[str, int]:
+  """XLA's options for the program of the first state, which runs once.
+
+  On CPUs the more thorough of LLVM's passes are most of its compilation, since random bits are
+  loops, and change neither its bits nor its time. XLA_FLAGS has the last word.
+  """
+  if jax.default_backend() != "cpu" or jax.config.read("jax_disable_most_optimizations"):
+    return {}
+  return _unless_set({"xla_backend_optimization_level": 1})
+
+
+def _unless_set(options: dict[str, Any]) -> dict[str, Any]:
   flags = os.environ.get("XLA_FLAGS", "")
   return {name: value for name, value in options.items() if name not in flags}

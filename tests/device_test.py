@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from hgnn_moe_jax import device, generation
@@ -57,6 +58,33 @@ def test_options_of_the_compiler(backend, properties, flags, expected, monkeypat
   monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(**properties)])
   monkeypatch.setenv("XLA_FLAGS", flags)
   assert device.compiler_options() == expected
+
+
+@pytest.mark.parametrize(
+  ("backend", "plain", "flags", "expected"),
+  [
+    ("cpu", False, "--xla_other=1", {"xla_backend_optimization_level": 1}),
+    ("cpu", False, "--xla_backend_optimization_level=3", {}),
+    ("cpu", True, "", {}),
+    ("gpu", False, "", {}),
+  ],
+)
+def test_options_of_the_first_state(backend, plain, flags, expected, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", plain)
+  try:
+    assert device.initialization_options() == expected
+  finally:
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def test_the_first_state_is_compiled_with_them(monkeypatch):
+  monkeypatch.setattr(device, "initialization_options", lambda: {"xla_no_such_option": "1"})
+  pieces = [SimpleNamespace(init=lambda *_: jnp.zeros(2)) for _ in range(3)]
+  with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+    step.make_init(*pieces)(np.uint32(0))
 
 
 def test_large_programs_are_compiled_with_them(monkeypatch):

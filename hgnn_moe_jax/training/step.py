@@ -67,18 +67,8 @@ def make_init(
       key=key,
     )
 
-  return jax.jit(init, out_shardings=shardings, compiler_options=_quickly())
-
-
-def _quickly() -> dict[str, Any] | None:
-  """Compiler options for a program that runs once.
-
-  On CPUs the more thorough of LLVM's passes are two thirds of the compilation of `init`, and change
-  neither its bits nor its time.
-  """
-  if jax.default_backend() != "cpu" or jax.config.read("jax_disable_most_optimizations"):
-    return None
-  return {"xla_backend_optimization_level": 1}
+  options = device.initialization_options()
+  return jax.jit(init, out_shardings=shardings, compiler_options=options)
 
 
 def make_train_step(

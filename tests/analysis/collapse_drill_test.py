@@ -135,14 +135,14 @@ def test_a_drill_that_cannot_be(config, tmp_path, arms, fault_step, message):
 
 def test_the_command(config, config_file, command, tmp_path, shared_programs, drawn):
   """A table on the terminal; the same, its numbers and a figure in the folder."""
-  folder, arm = tmp_path / "drill", "adaptive_boost"
-  options = [f"--workdir={folder}", f"--arms={arm}", "--fault_step=12", "--healthy_steps=3"]
+  folder, config.model.num_layers = tmp_path / "drill", 1
+  options = [f"--workdir={folder}", "--arms=feedback", "--fault_step=12", "--healthy_steps=3"]
   done = command(collapse_drill.main, config_file(config), *options)
   assert done.status == 0, done.err
   content = json.loads((folder / "drill.json").read_text())
-  assert content["arms"][0]["arm"] == arm and content["noise"] == 0.01
-  assert content["healthy"] == [{"arm": arm, "steps": 3, "false_alarms": 0}]
+  assert content["arms"][0]["arm"] == "feedback" and content["noise"] == 0.01
+  assert content["healthy"] == [{"arm": "feedback", "steps": 3, "false_alarms": 0}]
   assert done.out.startswith((folder / "drill.md").read_text())
-  assert done.out.endswith(f"{arm}: 0 false alarms in 3 steps of a small model\n")
+  assert done.out.endswith("feedback: 0 false alarms in 3 steps of a small model\n")
   assert (folder / "drill.png").read_bytes().startswith(b"\x89PNG")
   assert (folder / "drill.svg").stat().st_size > 1000
