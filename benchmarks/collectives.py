@@ -76,7 +76,9 @@ class _Asked(NamedTuple):
   scattered: bool
 
 
-def collectives(hlo: str, num_devices: int, partitioned: str = "") -> list[Collective]:
+def collectives(
+  hlo: str, num_devices: int, partitioned: str = "", turns: int | None = None
+) -> list[Collective]:
   """All collectives of a program.
 
   Args:
@@ -85,14 +87,15 @@ def collectives(hlo: str, num_devices: int, partitioned: str = "") -> list[Colle
     partitioned: the program's text behind the partitioner. An array that it sends by the same
       kind of collective, with the same number of entries, says how it is counted; where several of
       these differ, or none is left, it is counted as the compiled program sends it.
+    turns: of a loop that runs as often as the program's arguments say.
 
   Raises:
-    ValueError: a loop that communicates runs an unknown number of times, or groups of devices are
-      written in an unknown way.
+    ValueError: a loop that communicates runs an unknown number of times and `turns` is None, or
+      groups of devices are written in an unknown way.
   """
   computations = _computations(hlo)
   entry = next(name for name in computations if name.startswith("ENTRY "))
-  return list(_of(computations, entry, num_devices, _asked(partitioned), times=1))
+  return list(_of(computations, entry, num_devices, _asked(partitioned), 1, turns))
 
 
 def _asked(partitioned: str) -> dict[tuple[str, int], _Asked]:
@@ -128,6 +131,7 @@ def _of(
   num_devices: int,
   asked: dict[tuple[str, int], _Asked],
   times: int | None,
+  turns: int | None,
 ) -> Iterator[Collective]:
   for line in computations.get(name, []):
     if found := _INSTRUCTION.search(line):
@@ -144,14 +148,15 @@ def _of(
           yield Collective(kind, len(group), span, size, times)
     elif found := _LOOP.search(line):
       trips = _TRIPS.search(found["rest"])
-      inner = times * int(trips[1]) if trips and times is not None else None
-      yield from _of(computations, found["body"], num_devices, asked, inner)
+      own = int(trips[1]) if trips else turns
+      inner = None if times is None or own is None else times * own
+      yield from _of(computations, found["body"], num_devices, asked, inner, turns)
     else:
       called = _CALL.findall(line)
       for branches in _BRANCHES.findall(line):
         called += [b.strip().lstrip("%") for b in branches.split(",")]
       for callee in called:
-        yield from _of(computations, callee, num_devices, asked, times)
+        yield from _of(computations, callee, num_devices, asked, times, turns)
 
 
 def _result(found: re.Match[str]) -> str:

@@ -32,6 +32,7 @@ from hgnn_moe_jax.data.examples import Batch
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.training.assembly import assemble_sized
 from hgnn_moe_jax.training.records import environment, write_json
+from hgnn_moe_jax.training.step import Feed, as_count
 
 _MOST_DEVICES = 256
 _DUMP = {"xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": "spmd-partitioning"}
@@ -68,10 +69,12 @@ _UTILIZATION = 0.45  # assumed for several; `large` on one H200: 0.34 of the dat
 
 
 def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -> dict[str, Any]:
-  """Compiles one training step on a mesh of the devices that JAX has, or pretends to have.
+  """Compiles the training loop's dispatch on a mesh of the devices that JAX has, or pretends to.
+
+  The loop over steps matters: in it the partitioner's plan of a step is another.
 
   Returns:
-    seconds of compiling, bytes per device, and collectives.
+    seconds of compiling, bytes per device, and one step's collectives.
   """
   count = shape[0] * shape[1] * shape[2]
   grid = np.asarray(jax.devices()[:count]).reshape(shape)
@@ -82,14 +85,13 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
   platforms = None if on_cpu else ("cuda",)
   with jax.set_mesh(mesh):
     a = assemble_sized(config, vocab_size, config.training.steps, mesh)
-    rows = (config.training.batch_size, config.model.max_length)
-    where = sharding.batch_rows(mesh, leading=0)
+    rows = (1, config.training.batch_size, config.model.max_length)
+    where = sharding.batch_rows(mesh, leading=1)
     ids = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=where)
     weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=where)
-    out = (a.shardings, sharding.replicated(mesh))
-    jitted = jax.jit(a.train_step, donate_argnums=0, out_shardings=out)
+    feed = Feed(None, None, Batch(ids, ids, weights))
     started = time.perf_counter()
-    traced = jitted.trace(a.abstract_state, Batch(ids, ids, weights))
+    traced = a.dispatch.trace(a.abstract_state, feed, as_count(1))
     lowered = traced.lower(lowering_platforms=platforms)
     with tempfile.TemporaryDirectory() as folder:
       options = {"xla_dump_to": folder, **_DUMP} if on_cpu else on_gpu
@@ -104,7 +106,7 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
     "parameters": a.parameters,
     "state_bytes": int(memory.argument_size_in_bytes),
     "temporary_bytes": int(memory.temp_size_in_bytes),
-    "collectives": collectives(str(compiled.as_text()), count, partitioned),
+    "collectives": collectives(str(compiled.as_text()), count, partitioned, turns=1),
   }
 
 

@@ -30,6 +30,15 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
+def apart(x: jax.Array) -> jax.Array:
+  """x as a value of its own: how it is split from here on is no matter to others that use x.
+
+  In a loop the partitioner gives these the end of a chain of constraints in the place of x
+  (Shardy's pass apply-sharding-constraints): the optimizer, parameters as a penalty moved them.
+  """
+  return jax.lax.optimization_barrier(x) if on_mesh() else x
+
+
 def by_token(x_EBTD: jax.Array) -> jax.Array:
   """x with its tokens split over the whole mesh, all experts of a token together.
 

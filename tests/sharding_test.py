@@ -357,6 +357,10 @@ def test_what_experts_say_is_exchanged_and_never_brought_together(field, value, 
   assert len(words) <= int(field == "model.selected_experts" and value)
   updates = [entry for entry in exchanged if entry not in words]
   assert updates == [["all-to-all", expert, experts // expert, L]] * 3
+  if field == "model.selected_experts":
+    # To be compared, FFN's two matrices move once, and their gradients back.
+    moved = [entry for entry in found if entry == ["all-to-all", expert, matrices // expert, 1]]
+    assert len(moved) == 4
 
 
 def test_what_devices_do_by_themselves_is_what_one_does():

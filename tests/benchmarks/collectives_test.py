@@ -49,9 +49,13 @@ def test_a_program_by_hand():
   ]
 
 
-def test_a_loop_of_unknown_length_is_refused():
+def test_a_loop_of_unknown_length_is_refused_or_given_a_length():
+  unknown = LOOP.replace("CONFIG", "")
   with pytest.raises(ValueError, match="unknown length communicates"):
-    collectives(LOOP.replace("CONFIG", ""), num_devices=8)
+    collectives(unknown, num_devices=8)
+  assert [c.times for c in collectives(unknown, num_devices=8, turns=5)] == [5] + [1] * 7
+  known = LOOP.replace("CONFIG", KNOWN)
+  assert collectives(known, num_devices=8, turns=5) == collectives(known, num_devices=8)
 
 
 @pytest.mark.parametrize(
