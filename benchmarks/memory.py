@@ -1,28 +1,29 @@
-"""Whether a config fits on a GPU, without that GPU: XLA's plan of a training step's buffers.
+"""Whether a config fits on a GPU, without that GPU: XLA's plan of the training loop's buffers.
 
 python -m benchmarks.memory --config=configs/adaptive.py --vocab_size=50257 --target=A100
 python -m benchmarks.memory --config=configs/original.py --sweep=training.accumulation=1,4
 python -m benchmarks.memory --config=configs/original.py --without
 
-Compiles the step ahead of time for one GPU of this kind (see `gpu_target`), whatever `mesh` the
-config has, and runs nothing. `XLA_FLAGS` counts, as in a run. With `--without` the step of the same
-model follows that neither measures nor penalises the experts' overlap (see `overhead`).
+Compiles the dispatch, a loop over steps, ahead of time for one GPU of this kind (see `gpu_target`),
+whatever `mesh` the config has, and runs nothing. `XLA_FLAGS` counts, as in a run. With `--without`
+the same model's follows whose steps neither measure nor penalise the experts' overlap (see
+`overhead`).
 """
 
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import gpu_target, overhead
+from benchmarks.train_step import abstract_feed
 from hgnn_moe_jax import cli, device
 from hgnn_moe_jax.config import Config, with_fields
-from hgnn_moe_jax.data.examples import Batch
 from hgnn_moe_jax.sweep import parse_grid
 from hgnn_moe_jax.training.assembly import assemble_sized
 from hgnn_moe_jax.training.records import environment, write_json
+from hgnn_moe_jax.training.step import as_count, make_dispatch
 
 
 def measure(config: Config, vocab_size: int, target: str, without: bool = False) -> dict[str, Any]:
@@ -34,23 +35,21 @@ def measure(config: Config, vocab_size: int, target: str, without: bool = False)
     target: of `gpu_target.TARGETS`.
     without: the experts' overlap is neither measured nor penalised.
   """
-  rows = (config.training.batch_size, config.model.max_length)
   with gpu_target.pretend(target, 1):
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    parameters = assemble_sized(config, vocab_size, 1000).parameters
-    make = overhead.step_without if without else overhead.step_with
-    step, init = make(config, vocab_size)
-    shapes = (
-      jax.eval_shape(init),
-      Batch(*(jax.ShapeDtypeStruct(rows, dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32))),
-    )
-    placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes)
-    lowered = jax.jit(step, donate_argnums=0).trace(*placed).lower(lowering_platforms=("cuda",))
+    a = assemble_sized(config, vocab_size, 1000)
+    dispatch, state = a.dispatch, a.abstract_state
+    if without:
+      step, init = overhead.step_without(config, vocab_size)
+      dispatch, state = make_dispatch(step, 1, config.model.max_length, 0), jax.eval_shape(init)
+    placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state)
+    traced = dispatch.trace(placed, abstract_feed(config, where), as_count(1))
+    lowered = traced.lower(lowering_platforms=("cuda",))
     options = {**device.compiler_options(), **gpu_target.COMPILER_OPTIONS}
     memory: Any = lowered.compile(compiler_options=options).memory_analysis()
   return {
     "target": target,
-    "parameters": parameters,
+    "parameters": a.parameters,
     "state_bytes": int(memory.argument_size_in_bytes),
     "temporary_bytes": int(memory.temp_size_in_bytes),
   }

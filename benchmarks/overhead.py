@@ -11,7 +11,7 @@ does. Tokens are random: no text is needed.
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -43,12 +43,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
   },
 }
 
+
+class PlainState(NamedTuple):
+  """Of a step without penalties or a controller."""
+
+  params: Any
+  opt_state: Any
+  key: jax.Array
+
+
 Step = Callable[[Any, Batch], tuple[Any, Any]]
 Init = Callable[[], Any]
 
 
 def step_without(config: Config, vocab_size: int) -> tuple[Step, Init]:
-  """A step that knows cross-entropy only, and what makes its state: (params, opt_state, key)."""
+  """A step that knows cross-entropy only, and what makes its PlainState."""
   remat = config.training.remat
   model = language_model.build(config.model, vocab_size, lambda updates, weights: (), remat)
   shapes = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))
@@ -58,7 +67,7 @@ def step_without(config: Config, vocab_size: int) -> tuple[Step, Init]:
   @jax.jit
   def init():
     params = model.init(jax.random.key(0))
-    return params, optimizer.init(params), jax.random.key(1)
+    return PlainState(params, optimizer.init(params), jax.random.key(1))
 
   def loss(params, batch, key):
     x_BTD, _ = model.features(params, batch.inputs_BT, batch.weights_BT, key)
@@ -70,7 +79,8 @@ def step_without(config: Config, vocab_size: int) -> tuple[Step, Init]:
     dropout_key = key if config.model.dropout else None
     value, grads = jax.value_and_grad(loss)(params, batch, dropout_key)
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    return (optax.apply_updates(params, updates), opt_state, key), (value, optax.tree.norm(grads))
+    new_state = PlainState(optax.apply_updates(params, updates), opt_state, key)
+    return new_state, (value, optax.tree.norm(grads))
 
   return step, init
 

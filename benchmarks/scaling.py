@@ -18,21 +18,26 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
 from benchmarks import gpu_target
 from benchmarks.collectives import Collective, collectives
-from benchmarks.train_step import COUPLERS, EVERYWHERE, SHAPES, forward_flops, shape_fields
+from benchmarks.train_step import (
+  COUPLERS,
+  EVERYWHERE,
+  SHAPES,
+  abstract_feed,
+  forward_flops,
+  shape_fields,
+)
 from hgnn_moe_jax import cli, device, sharding
 from hgnn_moe_jax.config import Config, with_fields
-from hgnn_moe_jax.data.examples import Batch
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.training.assembly import assemble_sized
 from hgnn_moe_jax.training.records import environment, write_json
-from hgnn_moe_jax.training.step import Feed, as_count
+from hgnn_moe_jax.training.step import as_count
 
 _MOST_DEVICES = 256
 _DUMP = {"xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": "spmd-partitioning"}
@@ -85,11 +90,7 @@ def compile_cell(config: Config, vocab_size: int, shape: tuple[int, int, int]) -
   platforms = None if on_cpu else ("cuda",)
   with jax.set_mesh(mesh):
     a = assemble_sized(config, vocab_size, config.training.steps, mesh)
-    rows = (1, config.training.batch_size, config.model.max_length)
-    where = sharding.batch_rows(mesh, leading=1)
-    ids = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=where)
-    weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=where)
-    feed = Feed(None, None, Batch(ids, ids, weights))
+    feed = abstract_feed(config, sharding.batch_rows(mesh, leading=1))
     started = time.perf_counter()
     traced = a.dispatch.trace(a.abstract_state, feed, as_count(1))
     lowered = traced.lower(lowering_platforms=platforms)

@@ -35,7 +35,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from benchmarks.flops import matmul_flops
 from hgnn_moe_jax import cli
 from hgnn_moe_jax.config import Config, with_fields
-from hgnn_moe_jax.data.examples import place, stream_examples
+from hgnn_moe_jax.data.examples import Batch, place, stream_examples
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.models import language_model
 from hgnn_moe_jax.sweep import parse_grid
@@ -170,6 +170,14 @@ def dispatch_of(config: Config, vocab_size: int) -> tuple[Any, Any, Feed]:
   examples, _ = place(stream_examples(tokens, T), "device")
   rows_KB = np.arange(K * B, dtype=np.int32).reshape(K, B) % examples.num_examples
   return a.dispatch, a.init_state(config.seed), Feed(examples, rows_KB, None)
+
+
+def abstract_feed(config: Config, where: jax.sharding.Sharding) -> Feed:
+  """The shapes of a feed of one batch, for a dispatch that is compiled and not run."""
+  rows = (1, config.training.batch_size, config.model.max_length)
+  ids = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=where)
+  weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=where)
+  return Feed(None, None, Batch(ids, ids, weights))
 
 
 @dataclasses.dataclass

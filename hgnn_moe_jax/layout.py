@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, PartitionSpec
 
 FREE = "free"  # of an axis: split as the partitioner sees fit
@@ -128,6 +129,25 @@ def each_device(
   if not on_mesh():
     return function
   return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def in_order(arrays: Any, specs: Any) -> Any:
+  """The arrays, each laid out on GPUs in the order of its axes; elsewhere as XLA sees fit.
+
+  On a mesh each device is told of its own parts, since the partitioner would bring together what is
+  laid out on demand.
+
+  Args:
+    arrays: a pytree.
+    specs: of `each_device`: how they are split, evenly.
+  """
+  if jax.default_backend() != "gpu":
+    return arrays
+
+  def ordered(parts: Any) -> Any:
+    return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), parts)
+
+  return each_device(ordered, (specs,), specs)(arrays)
 
 
 def on_mesh() -> bool:

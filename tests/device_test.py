@@ -13,6 +13,7 @@ from hgnn_moe_jax.data.examples import Batch
 from hgnn_moe_jax.models import language_model
 from hgnn_moe_jax.models.language_model import Reading
 from hgnn_moe_jax.training import step
+from hgnn_moe_jax.training.state import TrainState
 
 H100, A100, T4, MI300 = ({"compute_capability": c} for c in ("9.0", "8.0", "7.5", "gfx942"))
 
@@ -90,6 +91,7 @@ def test_the_first_state_is_compiled_with_them(monkeypatch):
 def test_large_programs_are_compiled_with_them(monkeypatch):
   monkeypatch.setattr(device, "compiler_options", lambda: {"xla_no_such_option": "1"})
   train = step.make_dispatch(lambda state, batch: (state, batch.weights_BT.sum()), 2, 4, 0)
+  train_state = TrainState(*[jnp.zeros(())] * 5)
 
   class Model:
     features = staticmethod(lambda params, inputs, weights, key: (params, None))
@@ -108,7 +110,7 @@ def test_large_programs_are_compiled_with_them(monkeypatch):
   logits, seen = jnp.zeros((3, 5)), jnp.zeros((3, 5), bool)
   state = generation._State(zero, logits, ids[:, 0], ids[:, 0], seen, keys, one)
   for program, arguments in (
-    (train, (zero, step.Feed(None, None, batch), one)),
+    (train, (train_state, step.Feed(None, None, batch), one)),
     (score, (zero, step.Feed(None, None, batch), one)),
     (write.read, (zero, zero, ids, ids[:, 0] + 4)),
     (write.pick, (zero, state, chooser)),

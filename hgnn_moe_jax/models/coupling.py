@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from hgnn_moe_jax import extensions, token_products
 from hgnn_moe_jax.config import ModelConfig
 from hgnn_moe_jax.errors import ConfigError
-from hgnn_moe_jax.layout import each_device, token_axes
+from hgnn_moe_jax.layout import in_order, token_axes
 from hgnn_moe_jax.models import hypergraph
 from hgnn_moe_jax.models.layers import LayerNorm, fan_in_normal, gelu, named, project, scores
 
@@ -41,15 +40,12 @@ def _in_rows(x_EBTD: jax.Array) -> jax.Array:
   """x, and what is made of it entry by entry, laid out on GPUs in the order of its axes.
 
   XLA's layouts for products of many experts' vectors reach far: GELU came out with experts last, in
-  float32 and in three parts. On a mesh each device is told of its own part, since the partitioner
-  would bring together what is laid out on demand.
+  float32 and in three parts.
   """
   over = token_axes(*x_EBTD.shape[1:3])
-  if jax.default_backend() != "gpu" or over is None or not token_products.by_matrices(x_EBTD):
+  if over is None or not token_products.by_matrices(x_EBTD):
     return x_EBTD
-  spec = PartitionSpec(None, *over, None)
-  in_order = each_device(lambda x: with_layout_constraint(x, Layout((0, 1, 2, 3))), (spec,), spec)
-  return in_order(x_EBTD)
+  return in_order(x_EBTD, PartitionSpec(None, *over, None))
 
 
 class GraphOperator(nn.Module):

@@ -117,16 +117,32 @@ def test_penalties_do_not_keep_their_gradients(measured):
   [("num_layers=2", False), ("selected_experts=2", False), ("unrolled_layers=1", True)],
 )
 def test_what_a_step_launches(measured, tmp_path, monkeypatch, field, is_loop):
-  """By the plan that XLA writes down. JAX 0.11 has products that write into a stack in place."""
+  """By the plan that XLA writes down, in which steps are a loop.
+
+  JAX 0.11 has products that write into a stack in place.
+  """
   monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={tmp_path}")
   config = ["--config=configs/quickstart.py", "--vocab_size=300", "--target=H100"]
   measured("benchmarks.memory", *config, f"--config.model.{field}")
   (plan,) = tmp_path.glob("*thunk_sequence_after_thunk_passes.txt")
-  launched = re.findall(r"^\d+: (\w+)", plan.read_text(), re.MULTILINE)
+  outside, step, *_ = re.split(r"^  body:$", plan.read_text(), maxsplit=1, flags=re.MULTILINE)
+  assert re.findall(r"^\d+: (kWhile)", outside, re.MULTILINE) == ["kWhile"]
+  step, *_ = re.split(r"^\d", step, maxsplit=1, flags=re.MULTILINE)
+  launched = re.findall(r"^ {4}\d+: (\w+)", step, re.MULTILINE)
   product_in_place = re.search(r"DynamicSliceFusion .*\n *\d+: k(Cublas|Gemm)", plan.read_text())
   assert product_in_place is None
   assert ("kWhile" in launched) == is_loop
   assert is_loop or launched == ["kCommandBuffer"]
+
+
+def test_the_loop_over_steps_carries_parameters_as_they_lie(measured, tmp_path, monkeypatch):
+  """It had three arrays turned around in front of it, and back behind it."""
+  monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text")
+  config = ["--config=configs/quickstart.py", "--vocab_size=300", "--target=H100"]
+  measured("benchmarks.memory", *config, "--config.model.unrolled_layers=1")
+  (program,) = tmp_path.glob("*dispatch*after_optimizations.txt")
+  around_the_loop = program.read_text().split("\nENTRY ")[1]
+  assert " while(" in around_the_loop and "transpose" not in around_the_loop
 
 
 def test_messages_of_many_experts_lie_in_rows(measured, tmp_path, monkeypatch):
@@ -136,7 +152,7 @@ def test_messages_of_many_experts_lie_in_rows(measured, tmp_path, monkeypatch):
   B, T, D, E = 4, 128, 256, 32
   config += [f"--config.model.embed_dim={D}", f"--config.model.num_experts={E}"]
   measured("benchmarks.memory", *config, f"--config.training.batch_size={B}")
-  (program,) = tmp_path.glob("*train_step*after_optimizations.txt")
+  (program,) = tmp_path.glob("*dispatch*after_optimizations.txt")
   text = program.read_text()
   assert f"[{E},{B},{T},{D}]" in text and f"[{B},{T},{D},{E}]" not in text
 

@@ -1,6 +1,8 @@
 """One step against a naive twin, and many steps in one dispatch against one at a time."""
 
+import contextlib
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -8,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from hgnn_moe_jax import sharding
 from hgnn_moe_jax.control.base import Controller, Strengths
 from hgnn_moe_jax.data.corpus import load_corpus
 from hgnn_moe_jax.data.examples import Batch
 from hgnn_moe_jax.orthogonality import outputs, weights
 from hgnn_moe_jax.training import loop
 from hgnn_moe_jax.training.optimizer import averaged_params
+from hgnn_moe_jax.training.state import TrainState
 from hgnn_moe_jax.training.step import Feed, as_count, make_dispatch, make_train_step
 
 RATE = 0.5
@@ -447,3 +452,37 @@ def test_one_trace_for_any_number_of_steps(tiny_config, run):
     assert np.count_nonzero(records) == n  # the rest stays zero
   assert len(traces) == first == 1
   assert int(state.step) == 11
+
+
+@pytest.mark.parametrize(
+  ("backend", "mesh", "laid_out"),
+  [
+    ("gpu", None, ["4,6,8", "6"]),
+    ("gpu", (1, 2, 1), ["2,6,8", "6"]),  # each device its part
+    ("cpu", None, []),
+    ("tpu", None, []),
+  ],
+)
+def test_the_loop_says_how_parameters_lie(backend, mesh, laid_out, monkeypatch):
+  """XLA for GPUs turned them around for it; a partitioner gathers what is told of whole arrays."""
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  shape = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.float32)  # noqa: E731
+  params = {"kernel": shape(4, 6, 8), "scale": shape(6)}
+  state = TrainState(shape(), params, {"kernel": shape(4, 6, 8)}, shape(), shape())
+  where, on = None, contextlib.nullcontext()
+  if mesh:
+    axes = AbstractMesh(mesh, sharding.AXES, axis_types=sharding.AXIS_TYPES)
+    on = jax.sharding.use_abstract_mesh(axes)
+    split = lambda s: PartitionSpec("expert") if s.ndim == 3 else PartitionSpec()  # noqa: E731
+    where = (
+      jax.tree.map(lambda s: NamedSharding(axes, split(s)), state),
+      NamedSharding(axes, PartitionSpec()),
+    )
+  dispatch = make_dispatch(lambda state, batch: (state, batch.weights_BT.sum()), 2, T, 0, where)
+  feed = Feed(None, None, Batch(*(shape(2, 3, T) for _ in range(3))))
+  with on:
+    traced = str(jax.make_jaxpr(dispatch)(state, feed, as_count(2)))
+  _, in_loop = traced.split("body_jaxpr=")
+  assert re.findall(r":f32\[([\d,]+)\]\S* = layout_constraint\[", in_loop) == laid_out
+  assert traced.count("layout_constraint[") == len(laid_out)
+  assert ("shard_map" in in_loop) == bool(mesh)
