@@ -65,6 +65,9 @@ measure large train_step --shape=large --sweep=model.unrolled_layers=4,12 \
 measure dispatch train_step --shape=original --sweep=training.steps_per_dispatch=8,40 --in_turn \
   --nocached --compiler_option=xla_gpu_enable_command_buffer="$graphs" \
   --compiler_option=xla_gpu_enable_dynamic_slice_fusion=true
+# And a loop over layers whose stacks are not filled with zeros first, in front of what fills them.
+measure zeros train_step --shape=large --in_turn --nocached \
+  --compiler_option=xla_gpu_enable_dus_accumulator_zero_init_elimination=true
 measure overhead overhead --config=configs/original.py --vocab_size=50257 --steps=32 \
   --variant="adaptive both"
 headline cold

@@ -243,3 +243,31 @@ def test_steps_need_no_host_and_repeat():
   assert first[-1] < first[0]
   assert assembly.dispatch._cache_size() == 1
   np.testing.assert_allclose(losses(), first, rtol=1e-3)  # Sums come in another order every time.
+
+
+@pytest.mark.parametrize(
+  ("option", "value"),
+  [
+    ("xla_gpu_enable_command_buffer", "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,WHILE"),
+    ("xla_gpu_enable_dus_accumulator_zero_init_elimination", True),
+    ("xla_gpu_enable_dynamic_slice_fusion", True),
+  ],
+)
+def test_what_may_be_switched_on_changes_nothing(option, value):
+  """Options that launch/gpu_figures.sh times; memory holds what earlier programs left in it."""
+  config = _config(**{"model.num_layers": 5, "model.dropout": 0.0})
+  assembly = assemble_sized(config, V, 100)
+  tokens = np.random.default_rng(0).integers(0, V, 16 * T + 1).astype(np.int32)
+  examples, _ = place(stream_examples(tokens, T), "device")
+  feed = Feed(examples, jnp.arange(4 * B, dtype=jnp.int32).reshape(4, B) % 16, None)
+
+  def losses(options):
+    state = assembly.init_state(config.seed)
+    lowered = assembly.dispatch.lower(state, feed, as_count(4))
+    _, records = lowered.compile(compiler_options=options)(state, feed, as_count(4))
+    return np.asarray(records.lm_loss)[:4]
+
+  usual = device.compiler_options()
+  expected = losses(usual)
+  assert expected[-1] < expected[0]
+  np.testing.assert_allclose(losses({**usual, option: value}), expected, rtol=1e-3)

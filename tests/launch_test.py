@@ -146,7 +146,7 @@ def test_figures_of_a_gpu_continue_and_tell_what_failed(tmp_path):
   assert done.returncode == 1 and done.stderr == "failed: data\n"
   assert f"data: failed, see {folder}/data.log\n" in done.stdout
   assert (folder / "data.log").read_text() == "error: no such thing\n"
-  assert len(set(started)) == len(started) == 17
+  assert len(set(started)) == len(started) == 18
   assert done.stdout.startswith("| a | row |\nshapes: ")
   assert re.search(r"^cold: \d+ s$", (folder / "cold.log").read_text(), re.MULTILINE)
   (tmp_path / "python.mended").touch()
