@@ -1,4 +1,4 @@
-"""What a function that is traced for a mesh says about its arrays; without one nothing here acts.
+"""What a traced function says of its arrays: how a mesh splits them, how they lie in memory on GPUs.
 
 The mesh and its axes data, expert and model are `sharding`'s.
 """
@@ -29,15 +29,6 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     else:
       spec.append(over if over and size % shards(*over) == 0 else None)
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
-
-
-def apart(x: jax.Array) -> jax.Array:
-  """x as a value of its own: how it is split from here on is no matter to others that use x.
-
-  In a loop the partitioner gives these the end of a chain of constraints in the place of x
-  (Shardy's pass apply-sharding-constraints): the optimizer, parameters as a penalty moved them.
-  """
-  return jax.lax.optimization_barrier(x) if on_mesh() else x
 
 
 def by_token(x_EBTD: jax.Array) -> jax.Array:
@@ -134,20 +125,31 @@ def each_device(
 def in_order(arrays: Any, specs: Any) -> Any:
   """The arrays, each laid out on GPUs in the order of its axes; elsewhere as XLA sees fit.
 
-  On a mesh each device is told of its own parts, since the partitioner would bring together what is
+  Args:
+    arrays: a pytree.
+    specs: of `each_device`: how they are split, evenly.
+  """
+  return as_they_lie(arrays, specs) if jax.default_backend() == "gpu" else arrays
+
+
+def as_they_lie(arrays: Any, specs: Any) -> Any:
+  """The arrays, which what a loop does with them cannot have split or laid out in another way.
+
+  What a loop carries is the compiler's. The partitioner gives a value the end of a chain of
+  constraints in its place (Shardy's pass apply-sharding-constraints): the optimizer, parameters as
+  a penalty moved them. And XLA for GPUs turns large arrays around in front of the loop and back
+  behind it. Each device says of its own parts, since the partitioner would bring together what is
   laid out on demand.
 
   Args:
     arrays: a pytree.
     specs: of `each_device`: how they are split, evenly.
   """
-  if jax.default_backend() != "gpu":
-    return arrays
-
-  def ordered(parts: Any) -> Any:
-    return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), parts)
-
-  return each_device(ordered, (specs,), specs)(arrays)
+  if jax.default_backend() == "gpu":
+    keep = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))  # noqa: E731
+  else:
+    keep = lambda x: x  # noqa: E731
+  return each_device(lambda parts: jax.tree.map(keep, parts), (specs,), specs)(arrays)
 
 
 def on_mesh() -> bool:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from hgnn_moe_jax.layout import FREE, apart, constrain, on_mesh, shards, share_out
+from hgnn_moe_jax.layout import FREE, constrain, on_mesh, shards, share_out
 
 # How the axes behind [L, E] are split over a mesh, see `layout.constrain`.
 Axes = tuple[str | tuple[str, ...] | None, ...]
@@ -22,8 +22,8 @@ def matrices(layers: dict, target: str, stored: bool = False) -> dict[str, jax.A
       leave the two sides of a matrix in the order in which they lie in memory, and on a mesh give
       each device a part of every expert's matrix.
   """
-  names = ("ffn_in_kernel", "ffn_out_kernel", "qkv_kernel", "out_kernel")
-  ffn_in, ffn_out, qkv, out = (apart(layers[name]) for name in names)
+  ffn_in, ffn_out = layers["ffn_in_kernel"], layers["ffn_out_kernel"]
+  qkv, out = layers["qkv_kernel"], layers["out_kernel"]
   if stored:
     roles = {
       "ffn_input": _shared(ffn_in, (FREE, "model"), (FREE, _BOTH)),

@@ -13,7 +13,7 @@ from hgnn_moe_jax import device, extensions
 from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.control.base import Controller, Observation, Strengths
 from hgnn_moe_jax.data.examples import Batch, Examples, gather
-from hgnn_moe_jax.layout import constrain, in_order
+from hgnn_moe_jax.layout import as_they_lie, constrain
 from hgnn_moe_jax.models.language_model import LanguageModel, Params
 from hgnn_moe_jax.orthogonality import gram, outputs, weights
 from hgnn_moe_jax.training.state import StepRecord, TrainState
@@ -286,9 +286,7 @@ def make_dispatch(
 
     def body(k, carry):
       state, records = carry
-      # What a loop carries XLA lays out as it likes: large parameters and their moments were turned
-      # around in front of the loop and back behind it, and were there twice meanwhile.
-      state = state._replace(params=in_order(state.params, specs))
+      state = state._replace(params=as_they_lie(state.params, specs))
       state, record = step(state, feed, k)
       records = jax.tree.map(lambda all_, one: all_.at[k].set(one), records, record)
       return state, records
