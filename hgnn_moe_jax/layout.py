@@ -1,4 +1,4 @@
-"""What a traced function says of its arrays: how a mesh splits them, how they lie in memory on GPUs.
+"""What a traced function says of its arrays: how a mesh splits them, how GPUs lay them out.
 
 The mesh and its axes data, expert and model are `sharding`'s.
 """
