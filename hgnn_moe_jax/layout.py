@@ -132,7 +132,7 @@ def in_order(arrays: Any, specs: Any) -> Any:
   return as_they_lie(arrays, specs) if jax.default_backend() == "gpu" else arrays
 
 
-def as_they_lie(arrays: Any, specs: Any) -> Any:
+def as_they_lie(arrays: Any, specs: Any, free: tuple[str, ...] = ()) -> Any:
   """The arrays, which what a loop does with them cannot have split or laid out in another way.
 
   What a loop carries is the compiler's. The partitioner gives a value the end of a chain of
@@ -144,12 +144,16 @@ def as_they_lie(arrays: Any, specs: Any) -> Any:
   Args:
     arrays: a pytree.
     specs: of `each_device`: how they are split, evenly.
+    free: keys of what XLA may lay out as it likes.
   """
-  if jax.default_backend() == "gpu":
-    keep = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))  # noqa: E731
-  else:
-    keep = lambda x: x  # noqa: E731
-  return each_device(lambda parts: jax.tree.map(keep, parts), (specs,), specs)(arrays)
+
+  def keep(path: Any, x: jax.Array) -> jax.Array:
+    if jax.default_backend() != "gpu" or any(getattr(key, "key", None) in free for key in path):
+      return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+  kept = each_device(lambda parts: jax.tree.map_with_path(keep, parts), (specs,), specs)
+  return kept(arrays)
 
 
 def on_mesh() -> bool:

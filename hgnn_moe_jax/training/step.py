@@ -286,7 +286,9 @@ def make_dispatch(
 
     def body(k, carry):
       state, records = carry
-      state = state._replace(params=as_they_lie(state.params, specs))
+      # The positions are added to all rows: told how they lie, XLA lays vectors out with rows last.
+      params = as_they_lie(state.params, specs, free=("positions",))
+      state = state._replace(params=params)
       state, record = step(state, feed, k)
       records = jax.tree.map(lambda all_, one: all_.at[k].set(one), records, record)
       return state, records

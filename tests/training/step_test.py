@@ -467,7 +467,7 @@ def test_the_loop_says_how_parameters_lie(backend, mesh, laid_out, monkeypatch):
   """XLA for GPUs turned them around for it; a partitioner gathers what is told of whole arrays."""
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   shape = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.float32)  # noqa: E731
-  params = {"kernel": shape(4, 6, 8), "scale": shape(6)}
+  params = {"kernel": shape(4, 6, 8), "positions": shape(16, 6), "scale": shape(6)}
   state = TrainState(shape(), params, {"kernel": shape(4, 6, 8)}, shape(), shape())
   where, on = None, contextlib.nullcontext()
   if mesh:
