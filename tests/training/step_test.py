@@ -459,12 +459,13 @@ def test_one_trace_for_any_number_of_steps(tiny_config, run):
   [
     ("gpu", None, ["4,6,8", "6"]),
     ("gpu", (1, 2, 1), ["2,6,8", "6"]),  # each device its part
+    ("cpu", (1, 2, 1), []),
     ("cpu", None, []),
     ("tpu", None, []),
   ],
 )
 def test_the_loop_says_how_parameters_lie(backend, mesh, laid_out, monkeypatch):
-  """XLA for GPUs turned them around for it; a partitioner gathers what is told of whole arrays."""
+  """XLA for GPUs turned them around; partitioners moved them, and gather what is told of all."""
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   shape = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.float32)  # noqa: E731
   params = {"kernel": shape(4, 6, 8), "positions": shape(16, 6), "scale": shape(6)}
