@@ -273,7 +273,6 @@ def make_dispatch(
     fill: the id that pads.
     shardings: of (state, records), on a mesh.
   """
-
   specs = None if shardings is None else jax.tree.map(lambda s: s.spec, shardings[0].params)
 
   @jax.jit  # Traced once, for the records' shapes and for the loop.
