@@ -293,57 +293,72 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_compilation_cache", False)  # Out of it nothing is partitioned.
 from benchmarks import scaling
 from hgnn_moe_jax.config import Config
-fields, mesh = json.load(sys.stdin)
-found = scaling.compile_cell(Config.from_dict(fields), 576, tuple(mesh))["collectives"]
-print(json.dumps([(c.kind, c.devices, c.bytes, c.times) for c in found]))
+configs, mesh = json.load(sys.stdin)
+for config in configs:
+  found = scaling.compile_cell(Config.from_dict(config), 576, tuple(mesh))["collectives"]
+  print(json.dumps([(c.kind, c.devices, c.bytes, c.times) for c in found]))
+  print("[NEXT]", file=sys.stderr, flush=True)
 """
+_PLANNED_MESH = (2, 2, 2)
+_PLANNED = [
+  ("model.selected_experts", 0, 5, 4),
+  ("model.selected_experts", 1, 5, 4),
+  # Six layers or eight experts, so that each device has some matrices, whole, and no more.
+  ("training.optimizer", "muon", 6, 4),
+  ("orthogonality.weight_form", "spectral", 5, 8),
+]
 
 
-@pytest.mark.parametrize(
-  ("field", "value", "L", "E"),
-  [
-    ("model.selected_experts", 0, 5, 4),
-    ("model.selected_experts", 1, 5, 4),
-    # Six layers or eight experts, so that each device has some matrices, whole, and no more.
-    ("training.optimizer", "muon", 6, 4),
-    ("orthogonality.weight_form", "spectral", 5, 8),
-  ],
-)
-def test_what_experts_say_is_exchanged_and_never_brought_together(field, value, L, E):
-  """On 8 devices. Left to itself the partitioner gathers or sums arrays as large as these."""
-  B, T, D, V = 8, 64, 32, 576
-  data, expert, model = mesh = (2, 2, 2)
-  fields = {
-    "model.embed_dim": D,
-    "model.num_layers": L,
-    "model.num_heads": 4,
-    "model.num_experts": E,
-    "model.max_length": T,
-    "model.coupler_layers": 1,
-    "training.batch_size": B,
-    "training.steps": 5,
-    "orthogonality.output_strength": 0.1,
-    "orthogonality.weight_strength": 0.1,
-    "orthogonality.subspace_rank": 2,  # Subspaces are gathered, R / K of the matrices.
-    "mesh.fsdp": True,
-    field: value,
-  }
+def _planned_config(field, value, L, E):
+  return with_fields(
+    Config(),
+    {
+      "model.embed_dim": 32,
+      "model.num_layers": L,
+      "model.num_heads": 4,
+      "model.num_experts": E,
+      "model.max_length": 64,
+      "model.coupler_layers": 1,
+      "training.batch_size": 8,
+      "training.steps": 5,
+      "orthogonality.output_strength": 0.1,
+      "orthogonality.weight_strength": 0.1,
+      "orthogonality.subspace_rank": 2,  # Subspaces are gathered, R / K of the matrices.
+      "mesh.fsdp": True,
+      field: value,
+    },
+  )
+
+
+@pytest.fixture(scope="module")
+def plans():
+  """{case: (collectives, what the compiler said)}, by one process that has eight devices."""
+  configs = [_planned_config(*case).to_dict() for case in _PLANNED]
   done = subprocess.run(
     [sys.executable, "-c", _COMPILE],
-    input=json.dumps([with_fields(Config(), fields).to_dict(), mesh]),
+    input=json.dumps([configs, _PLANNED_MESH]),
     capture_output=True,
     text=True,
     cwd=pathlib.Path(__file__).parent.parent,
   )
   assert done.returncode == 0, done.stderr
+  *said, _ = done.stderr.split("[NEXT]\n")
+  found = map(json.loads, done.stdout.splitlines())
+  return dict(zip(_PLANNED, zip(found, said, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("case", _PLANNED)
+def test_what_experts_say_is_exchanged_and_never_brought_together(case, plans):
+  """On 8 devices. Left to itself the partitioner gathers or sums arrays as large as these."""
+  (found, said), (field, value, L, E) = plans[case], case
+  (data, expert, model), B, T, D, V = _PLANNED_MESH, 8, 64, 32, 576
   # XLA's word for giving up. From jaxlib 0.11 on it says so of estimates, too (the other plan is
   # taken then), and gathers the gradient that the embedding's rows get, once a step.
   newer = importlib.metadata.version("jaxlib") >= "0.11"
-  given_up = [line for line in done.stderr.splitlines() if "rematerialization" in line]
+  given_up = [line for line in said.splitlines() if "rematerialization" in line]
   given_up = [line for line in given_up if not (newer and "%fake_parameter" in line)]
   assert len(given_up) == int(newer), given_up
   assert all("transpose(jvp(Network))/sharding_constraint" in line for line in given_up)
-  found = json.loads(done.stdout)
   experts = 4 * E * (B // data) * T * D
   logits = 4 * (B // data) * (T // expert) * (V // model)
   matrices = 4 * L * E * (D // data) * (4 * D // model)

@@ -141,19 +141,8 @@ def test_a_sweep_continues_and_ends_with_the_comparison(run_sweep, tmp_path):
   assert (tmp_path / "sweep" / "comparison" / "comparison.csv").exists()
   config = json.loads((folders[1] / "config.json").read_text())["config"]
   assert config["orthogonality"]["output_strength"] == 0.2 and config["seed"] == 0
-  # As if it had been stopped before the second run's end.
-  before = (folders[0] / "metrics.jsonl").read_bytes()
-  (folders[1] / "summary.json").unlink()
-  second = run_sweep()
-  assert f"1/2 {folders[0]}: finished before" in second.out
-  assert f"2/2 {folders[1]}: validation token perplexity" in second.out
-  assert (folders[0] / "metrics.jsonl").read_bytes() == before
-  assert second.out.splitlines()[-4:] == first.out.splitlines()[-4:]
 
-
-def test_what_has_ended_under_another_config_is_refused(run_sweep, tmp_path):
-  """Else the table would be that of the old settings."""
-  assert run_sweep().status == 0
+  # What has ended under another config is refused: else the table would be the old settings'.
   table = tmp_path / "sweep" / "comparison" / "comparison.md"
   before = table.read_bytes()
   other = run_sweep("--config.training.learning_rate=0.5", "--config.training.log_every=2")
@@ -163,6 +152,15 @@ def test_what_has_ended_under_another_config_is_refused(run_sweep, tmp_path):
     r"0.5\. Use the old values",
     other.err,
   )
+
+  # As if it had been stopped before the second run's end.
+  before = (folders[0] / "metrics.jsonl").read_bytes()
+  (folders[1] / "summary.json").unlink()
+  second = run_sweep()
+  assert f"1/2 {folders[0]}: finished before" in second.out
+  assert f"2/2 {folders[1]}: validation token perplexity" in second.out
+  assert (folders[0] / "metrics.jsonl").read_bytes() == before
+  assert second.out.splitlines()[-4:] == first.out.splitlines()[-4:]
 
 
 def test_overrides_arrive_however_they_are_written(run_sweep, tmp_path):

@@ -350,10 +350,9 @@ def test_compilation_does_not_grow_with_depth(backend, products_only, monkeypatc
   assert language_model._keeps_products_only(deep) == (backend != "cpu")
 
 
-@pytest.mark.parametrize(("layers", "other"), [(2, 1), (5, 5)])
-def test_unrolled_layers_change_nothing(layers, other):
+def test_unrolled_layers_change_nothing():
   """But what is compiled: two loops over layers, there and back, or none."""
-  config = _config(2, "graph", num_layers=layers, dropout=0.5)
+  config = _config(2, "graph", num_layers=2, dropout=0.5)
 
   def run(unrolled_layers):
     changed = dataclasses.replace(config, unrolled_layers=unrolled_layers)
@@ -367,8 +366,8 @@ def test_unrolled_layers_change_nothing(layers, other):
     lowered = jax.jit(jax.value_and_grad(total)).lower(params)
     return lowered.compile()(params), lowered.as_text().count("stablehlo.while")
 
-  (found, loops), (changed, other_loops) = run(4), run(other)
-  assert abs(loops - other_loops) == 2
+  (found, loops), (changed, other_loops) = run(4), run(1)
+  assert other_loops == loops + 2
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
   jax.tree.map(close, changed, found)
 

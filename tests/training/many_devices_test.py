@@ -16,8 +16,10 @@ _SCRIPT = pathlib.Path(__file__).parent / "train_here.py"
 
 # Everything that could depend on the layout: dropout, couplers, penalties, controller, optimizers,
 # averages, rounds of accumulation. Several models, so that each has to get along with the others'.
+# No mesh splits layers: two of them in one model are enough.
 MODELS = {
   "graph": {
+    "model.num_layers": 1,
     "model.coupler": "graph",
     "adaptive.controller": "adaptive",
     "adaptive.objective": "both",
@@ -25,6 +27,7 @@ MODELS = {
     "orthogonality.output_strength": 0.0,
   },
   "hypergraph": {
+    "model.num_layers": 1,
     "model.coupler": "hypergraph",
     "model.hyperedges": "triplets",
     "model.hyperedge_attention": True,
@@ -33,7 +36,7 @@ MODELS = {
     "training.optimizer": "muon",
     "training.accumulation": 2,
   },
-  "sparse": {"model.coupler": "graph", "model.selected_experts": 2},
+  "sparse": {"model.num_layers": 2, "model.coupler": "graph", "model.selected_experts": 2},
 }
 # Name -> (model, data x expert x model, fsdp, placement).
 MESHES = {
