@@ -87,7 +87,7 @@ def main() -> None:
     base, results = cli.validated(given_config.value), []
     # What is compiled for a device that is not there cannot be read back.
     jax.config.update("jax_enable_compilation_cache", False)
-    for cell in parse_grid(sweep.value, base):
+    for cell in parse_grid(sweep.value, base, "--sweep"):
       config = with_fields(base, cell.values).validate()
       for plain in (False, True) if without.value else (False,):
         words = [cell.name] * bool(cell.values) + ["without"] * plain

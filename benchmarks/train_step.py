@@ -353,7 +353,7 @@ def main() -> None:
       fields, vocab_size = SHAPES[shape]
       for coupler in couplers.value:
         base = with_fields(Config(name=shape), {**EVERYWHERE, **fields, **COUPLERS[coupler]})
-        cells = parse_grid(sweep.value, base)
+        cells = parse_grid(sweep.value, base, "--sweep")
         every = list(itertools.product(cells, options))
         for group in [every] if in_turn.value else [[one] for one in every]:
           configs = [with_fields(base, cell.values).validate() for cell, _ in group]

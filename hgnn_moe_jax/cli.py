@@ -1,6 +1,7 @@
 """What commands share: one line for a mistake, the --config flag, compiled code kept."""
 
 import functools
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -30,9 +31,12 @@ def start(run: Callable[[list[str]], Any]) -> None:
 
 def define_config() -> flags.FlagHolder[Any]:
   """The --config flag."""
-  return config_flags.DEFINE_config_file(
+  holder = config_flags.DEFINE_config_file(
     "config", help_string="File with get_config(); override with --config.group.field=value."
   )
+  # --help lists flags of the command's own module, by the name under which it was started.
+  flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
+  return holder
 
 
 def validated(config: Any) -> Config:
@@ -44,9 +48,9 @@ def validated(config: Any) -> Config:
     given = flags.FLAGS["config"].present and config_flags.get_config_filename(
       flags.FLAGS["config"]
     )
-    raise UserError(
-      f"--config={given or ''}: no Config there; give a file such as configs/quickstart.py"
-    )
+    missing = given and not pathlib.Path(given).exists()
+    what = "no such file" if missing else "no Config there"
+    raise UserError(f"--config={given or ''}: {what}; give a file such as configs/quickstart.py")
   config.validate()
   keep_compiled(config)
   return config
@@ -79,6 +83,8 @@ def _parse(argv: list[str]) -> list[str]:
   """absl's flags, and get_config() of the config file with the overrides."""
   try:
     return flags.FLAGS(argv)
+  except SystemExit:  # --help has been given: absl calls that a failure.
+    sys.exit(0)
   except flags.Error as error:  # These name their flag.
     flag, _, trace = str(error).partition(_CONFIG_TRACE)
     raise UserError(flag + trace.strip().rpartition("\n")[2]) from None

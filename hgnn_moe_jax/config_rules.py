@@ -103,9 +103,14 @@ _RANGES = {
 }
 
 
+_OF_HYPERGRAPHS = ("hyperedges", "hypergraph_normalization", "hyperedge_attention")
+
+
 def check(config: "Config") -> None:
   """Raises ConfigError on the first field of this config that cannot work."""
   _require_types(config)
+  if config.name in ("", ".", "..") or "/" in config.name:
+    raise ConfigError("name", config.name, "use a word without /: the run folder is runs/NAME")
   if not 0 <= config.seed < 2**32:
     raise ConfigError("seed", config.seed, "use a value in [0, 2**32)")
   for field, choices in _CHOICES.items():
@@ -161,6 +166,16 @@ def _check_model(config: "Config") -> None:
     )
   if m.coupler == "hypergraph":
     m.hyperedge_list()
+  elif m.coupler in COUPLERS:  # One that is brought along may read them.
+    for field in dataclasses.fields(m):
+      value = getattr(m, field.name)
+      if field.name in _OF_HYPERGRAPHS and value != field.default:
+        raise ConfigError(
+          f"model.{field.name}",
+          value,
+          f"model.coupler={m.coupler} has no hyperedges; use model.coupler=hypergraph or "
+          f"{field.default}",
+        )
   if o.weight_form == "spectral" and o.subspace_rank >= m.embed_dim:
     raise ConfigError(
       "orthogonality.subspace_rank", o.subspace_rank, f"use less than embed_dim={m.embed_dim}"
@@ -216,6 +231,12 @@ def _check_data(config: "Config") -> None:
   if d.source != "sotu" and not d.path:
     what = "the data set's name" if d.source in ("hf", "tfds") else "a file or a folder"
     raise ConfigError("data.path", d.path, f"data.source={d.source} needs {what}")
+  if d.source == "sotu" and d.path:
+    raise ConfigError(
+      "data.path",
+      d.path,
+      "data.source=sotu has none, it is a package; use data.source=text for a file of your own",
+    )
   if config.evaluation.stride > config.model.max_length:
     raise ConfigError(
       "evaluation.stride",
@@ -230,12 +251,12 @@ def _check_data(config: "Config") -> None:
 
 def _check_training(config: "Config") -> None:
   t = config.training
-  if bool(t.steps) == bool(t.epochs):
+  if t.steps and t.epochs:
     raise ConfigError(
-      "training.steps",
-      t.steps,
-      f"set one of training.steps and training.epochs ({t.epochs}), not both",
+      "training.steps", t.steps, f"training.epochs={t.epochs} says otherwise; set one of them to 0"
     )
+  if not t.steps and not t.epochs:
+    raise ConfigError("training.steps", 0, "set it or training.epochs: how long is the run?")
   if t.batch_size % t.accumulation:
     raise ConfigError(
       "training.accumulation",

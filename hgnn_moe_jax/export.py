@@ -13,7 +13,9 @@ from hgnn_moe_jax.errors import UserError
 
 def main() -> None:
   """The command."""
-  output = flags.DEFINE_string("output", None, "Folder to write; exported/NAME if not given.")
+  output = flags.DEFINE_string(
+    "output", None, "Folder to write; exported/NAME of the run folder if not given."
+  )
   checkpoint = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which one to export.")
 
   def run(argv: list[str]) -> None:
@@ -22,8 +24,8 @@ def main() -> None:
     from hgnn_moe_jax import trained
 
     model = trained.load(argv[1], checkpoint.value)
-    folder = pathlib.Path(output.value or pathlib.Path("exported", model.config.name))
-    print(trained.export(model, folder))
+    name = pathlib.Path(argv[1]).resolve().name
+    print(trained.export(model, output.value or pathlib.Path("exported", name)))
 
   cli.start(run)
 

@@ -116,7 +116,7 @@ def generate(
   Raises:
     UserError: no prompt, an empty one, or a sampling parameter outside its range.
   """
-  _check(sampling)
+  check(sampling)
   rows = _read_prompts(trained, prompts, sampling, on_text, warn)
   context = trained.config.model.max_length
   slots = _rounded(max(len(row.context) for row in rows) + sampling.max_tokens, context)
@@ -239,7 +239,8 @@ def _read_prompts(
   return rows
 
 
-def _check(sampling: Sampling) -> None:
+def check(sampling: Sampling) -> None:
+  """Raises UserError if a parameter is outside its range."""
   s = sampling
   ranges = {
     "max_tokens": (s.max_tokens, s.max_tokens >= 1, "at least 1"),

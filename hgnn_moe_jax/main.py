@@ -105,6 +105,7 @@ def _generate() -> None:
     stop=tuple(FLAGS.stop),
     seed=FLAGS.sample_seed,
   )
+  generation.check(sampling)
   prompts = generation_view.prompts(FLAGS.prompt, FLAGS.prompts)
   model = trained.load(_folder(), FLAGS.checkpoint)
   cli.keep_compiled(model.config)

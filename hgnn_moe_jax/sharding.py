@@ -48,11 +48,12 @@ def make_mesh(config: Config) -> Mesh | None:
   rest = m.expert * m.model
   data = m.data or max(1, count // rest)
   if data * rest != count:
+    field = "data" if m.data else "expert" if m.expert > 1 else "model"
     raise ConfigError(
-      "mesh.data",
-      m.data,
-      f"mesh.data x mesh.expert={m.expert} x mesh.model={m.model} has to be {count}, the number of "
-      "devices",
+      f"mesh.{field}",
+      getattr(m, field),
+      f"mesh.data={m.data or 'all the others'} x mesh.expert={m.expert} x mesh.model={m.model} has "
+      f"to be the number of devices, which is {count}",
     )
   t = config.training
   if t.batch_size % (data * t.accumulation):

@@ -55,12 +55,13 @@ class Job(NamedTuple):
   words: list[str]
 
 
-def parse_grid(grid: Sequence[str], config: Config) -> list[Cell]:
+def parse_grid(grid: Sequence[str], config: Config, flag: str = "--grid") -> list[Cell]:
   """The product of all axes, the last one varying fastest.
 
   Args:
     grid: "group.field=value,value,..." each; commas inside brackets belong to a value.
     config: has the fields, and with them their types.
+    flag: what gave the grid, for messages.
 
   Raises:
     UserError: no such field, a value of another type, or one that is not valid.
@@ -70,9 +71,11 @@ def parse_grid(grid: Sequence[str], config: Config) -> list[Cell]:
     field, equals, values = text.partition("=")
     if not equals or not values:
       raise UserError(
-        f"--grid={text}: give a field and its values: training.learning_rate=1e-3,4e-3"
+        f"{flag}={text}: give a field and its values: training.learning_rate=1e-3,4e-3"
       )
-    axes.append([(field, _convert(text, field, value, config)) for value in _split(values)])
+    axes.append(
+      [(field, _convert(f"{flag}={text}", field, value, config)) for value in _split(values)]
+    )
   cells = []
   for combination in itertools.product(*axes):
     name = ",".join(f"{field.rpartition('.')[2]}={value}" for field, value in combination)
@@ -80,10 +83,10 @@ def parse_grid(grid: Sequence[str], config: Config) -> list[Cell]:
     try:
       with_fields(config, cell.values).validate()
     except ConfigError as error:
-      raise UserError(f"--grid: {cell.name} cannot be trained: {error}") from None
+      raise UserError(f"{flag}: {cell.name} cannot be trained: {error}") from None
     cells.append(cell)
   if len({cell.name for cell in cells}) < len(cells):
-    raise UserError(f"--grid={' '.join(grid)}: a combination comes twice; give each value once")
+    raise UserError(f"{flag}={' '.join(grid)}: a combination comes twice; give each value once")
   return cells
 
 
@@ -122,16 +125,16 @@ def _split(values: str) -> list[str]:
   return parts
 
 
-def _convert(text: str, field: str, value: str, config: Config) -> Any:
+def _convert(given: str, field: str, value: str, config: Config) -> Any:
   group, _, name = field.partition(".")
   owner = getattr(config, group, None) if name else config
   if not hasattr(owner, name or group) or hasattr(getattr(owner, name or group), "__slots__"):
-    raise UserError(f"--grid={text}: no field {field}; they are in hgnn_moe_jax/config.py")
+    raise UserError(f"{given}: no field {field}; they are in hgnn_moe_jax/config.py")
   kind = type(getattr(owner, name or group))
   try:
     return {"True": True, "False": False}[value] if kind is bool else kind(value)
   except (KeyError, ValueError):
-    raise UserError(f"--grid={text}: {value!r} is not of type {kind.__name__}") from None
+    raise UserError(f"{given}: {value!r} is not of type {kind.__name__}") from None
 
 
 def _file_name(name: str) -> str:

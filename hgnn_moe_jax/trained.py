@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from hgnn_moe_jax.config import Config
+from hgnn_moe_jax.config import Config, difference
 from hgnn_moe_jax.data.corpus import load_corpus
 from hgnn_moe_jax.data.tokenizers import Tokenizer, stored_tokenizer
 from hgnn_moe_jax.errors import ConfigError, UserError
@@ -26,7 +26,7 @@ from hgnn_moe_jax.training.checkpoint import Checkpointer
 from hgnn_moe_jax.training.optimizer import averaged_params
 from hgnn_moe_jax.training.records import environment, run_folder_errors, write_json
 
-WEIGHTS, CARD = "model.safetensors", "card.json"
+WEIGHTS, CARD = "model.safetensors", run_folder.CARD
 _FORMAT = 1
 
 
@@ -67,16 +67,23 @@ def load(folder: str | pathlib.Path, checkpoint: str = "best") -> Trained:
 def export(trained: Trained, folder: str | pathlib.Path) -> pathlib.Path:
   """Writes an exported folder; returns the path of its card. `load` gives the same model back.
 
+  What an earlier export of the same run has left there is replaced.
+
   Raises:
-    UserError: the folder cannot be written, or is a run folder, which `load` would then take for an
-      exported one.
+    UserError: the folder cannot be written, holds another exported model, or is a run folder, which
+      `load` would then take for an exported one.
   """
   folder = pathlib.Path(folder)
   if folder.is_file() or (folder / "config.json").exists():
     raise UserError(f"--output={folder}: is a file or a run folder; choose a folder of its own")
+  if changes := _differences(folder, trained):
+    raise UserError(
+      f"--output={folder}: holds another model ({'; '.join(changes)}); choose another folder"
+    )
   arrays = {name: np.asarray(leaf) for name, leaf in _named(trained.params).items()}
   with run_folder_errors(folder):
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CARD).unlink(missing_ok=True)  # Until all is there it is no exported folder.
     safetensors.numpy.save_file(arrays, folder / WEIGHTS, {"format": "hgnn_moe_jax"})
     if trained.tokenizer.definition is not None:
       (folder / run_folder.TOKENIZER).write_text(trained.tokenizer.definition, encoding="utf-8")
@@ -95,6 +102,18 @@ def export(trained: Trained, folder: str | pathlib.Path) -> pathlib.Path:
   }
   write_json(folder / CARD, card)  # Last: the folder is complete.
   return folder / CARD
+
+
+def _differences(folder: pathlib.Path, trained: Trained) -> list[str]:
+  """How the run of the model that lies there differs; empty as well if nothing readable does."""
+  try:
+    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    changes = difference(Config.from_dict(card["config"]), trained.config)
+    if card["tokenizer"]["fingerprint"] != trained.tokenizer.fingerprint:
+      changes.append("another tokenizer")
+    return changes
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
+    return []
 
 
 def _load_run(folder: pathlib.Path, checkpoint: str) -> Trained:

@@ -8,6 +8,8 @@ import json
 import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -54,7 +56,7 @@ OVERRIDES = [
   ("model.coupler=ring", r"config.model.coupler='ring': use one of graph, hypergraph, mean"),
   ("model.num_heads=3", r"config.model.num_heads=3: use a divisor of model.embed_dim=128"),
   ("model.dropout=1.5", r"config.model.dropout=1.5: use a value in \[0.0, 0.99\]"),
-  ("training.epochs=1", r"config.training.steps=\d+: set one of .* \(1.0\), not both"),
+  ("training.epochs=1", r"config.training.steps=\d+: training.epochs=1.0 says otherwise"),
   ("training.learning_rate=nan", r"config.training.learning_rate=nan: use a value at least 0.0"),
   ("training.accumulation=3", r"config.training.accumulation=3: use a divisor of .*batch_size=16"),
   ("seed=-1", r"config.seed=-1: use a value in"),
@@ -79,7 +81,7 @@ def test_hyperedge_of_a_missing_expert(refused):
 
 ARGUMENTS = [
   ((), r"--config=: no Config there; give a file such as configs/quickstart\.py"),
-  (("--config=missing.py",), r"--config=missing\.py: no Config there; give a file"),
+  (("--config=missing.py",), r"--config=missing\.py: no such file; give a file"),
   (
     (QUICKSTART, "--mode=chat"),
     r"flag --mode=chat: value should be one of <train\|eval",
@@ -89,6 +91,7 @@ ARGUMENTS = [
   (("--mode=evaluate",), r"--mode=evaluate: give the run folder with --workdir"),
   (("--mode=generate",), r"no prompt: give --prompt=TEXT, or --prompts=FILE"),
   (("--mode=generate", "--prompt=a"), r"--mode=generate: give the run folder with --workdir"),
+  (("--mode=generate", "--prompt=a", "--top_p=0", "--workdir=."), r"--top_p=0\.0: use a value"),
   (("--mode=generate", "--prompts=none.txt"), r"--prompts=none\.txt: cannot be read"),
   (("--mode=generate", "--prompt=a", "--workdir=."), r"--workdir=\.: no config\.json there"),
   (("--mode=evaluate", "--stride=0"), r"flag --stride=0: 0 is not a positive integer"),
@@ -105,6 +108,16 @@ ARGUMENTS = [
 @pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=lambda v: str(v)[-40:])
 def test_mistaken_arguments(arguments, message, refused):
   assert re.match(message, refused(*arguments))
+
+
+def test_help_lists_every_flag_and_is_no_failure():
+  done = subprocess.run(
+    [sys.executable, "-m", "hgnn_moe_jax.main", "--help"], capture_output=True, text=True
+  )
+  assert done.returncode == 0 and done.stderr == ""
+  reads = {name for names in main._READS.values() for name in names}
+  for name in ("mode", "workdir", *reads):
+    assert re.search(rf"^  --(\[no\])?{name}:", done.stdout, re.MULTILINE), name
 
 
 FILES = {

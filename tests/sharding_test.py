@@ -74,9 +74,9 @@ def test_one_device_needs_no_mesh(devices):
 @pytest.mark.parametrize(
   ("count", "fields", "message"),
   [
-    (8, {"mesh__data": 4}, r"mesh.data=4: mesh.data x mesh.expert=1 x mesh.model=1 has to be 8"),
-    (6, {"mesh__expert": 4}, r"mesh.data=0: mesh.data x mesh.expert=4 x mesh.model=1 has to be 6"),
-    (1, {"mesh__expert": 2}, r"mesh.data=0: .* has to be 1, the number of devices"),
+    (8, {"mesh__data": 4}, r"mesh.data=4: mesh.data=4 x mesh.expert=1 x mesh.model=1 has .* is 8"),
+    (6, {"mesh__expert": 4}, r"mesh.expert=4: mesh.data=all the others x mesh.expert=4 .* is 6"),
+    (1, {"mesh__model": 2}, r"mesh.model=2: .* has to be the number of devices, which is 1"),
     (8, {"training__batch_size": 12}, r"training.batch_size=12: use a multiple of 8: the 8 parts"),
     (
       8,

@@ -1,6 +1,7 @@
 """Trained models from run folders and from exported weights: the same logits, or one clear line."""
 
 import json
+import pathlib
 import shutil
 
 import jax
@@ -9,12 +10,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hgnn_moe_jax import trained
+from hgnn_moe_jax import export, main, trained
+from hgnn_moe_jax.config import with_fields
 from hgnn_moe_jax.data.corpus import load_corpus
+from hgnn_moe_jax.data.tokenizers import ByteTokenizer
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.training import loop
 from hgnn_moe_jax.training.checkpoint import Checkpointer
 from hgnn_moe_jax.training.optimizer import averaged_params
+
+QUICKSTART = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +160,40 @@ def test_no_export_into_a_run_or_a_file(run, tmp_path):
   for folder in (run, tmp_path / "file"):
     with pytest.raises(UserError, match="is a file or a run folder"):
       trained.export(model, folder)
+
+
+def test_an_export_replaces_one_of_its_own_run_only(run, copy):
+  model, before = trained.load(run), _content(copy)
+  other = model._replace(config=with_fields(model.config, {"seed": 7}))
+  with pytest.raises(
+    UserError, match=r"copy: holds another model \(seed: 42 -> 7\); choose another"
+  ):
+    trained.export(other, copy)
+  reader = model._replace(tokenizer=ByteTokenizer())
+  with pytest.raises(UserError, match=r"holds another model \(another tokenizer\)"):
+    trained.export(reader, copy)
+  assert _content(copy) == before
+  (copy / "tokenizer.json").unlink()
+  trained.export(model, copy)  # What a damaged export is told to do.
+  assert _content(copy) == before
+  (copy / "card.json").write_text("{")
+  trained.export(model, copy)
+  assert _content(copy) == before
+
+
+def _content(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_command_names_the_folder_after_the_run(run, command, tmp_path, monkeypatch):
+  """Not after its config, of which there may be several runs; and no run begins there."""
+  monkeypatch.chdir(tmp_path)
+  done = command(export.main, run)
+  assert done == (0, "exported/tiny/card.json\n", "")
+  (tmp_path / "second").symlink_to(run)
+  assert command(export.main, "second").out == done.out  # It is the same one.
+  before = _content(tmp_path / "exported" / "tiny")
+  refused = command(main.main, "--config=" + str(QUICKSTART), "--workdir=exported/tiny")
+  assert refused.status == 2 and "holds an exported model (card.json); choose" in refused.err
+  after = _content(tmp_path / "exported" / "tiny")
+  assert after.pop(".lock") == b"" and after == before

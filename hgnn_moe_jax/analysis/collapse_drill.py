@@ -19,7 +19,7 @@ from absl import flags
 from hgnn_moe_jax import cli
 from hgnn_moe_jax.analysis.runs import RunData, read_run
 from hgnn_moe_jax.config import Config, with_fields
-from hgnn_moe_jax.errors import UserError
+from hgnn_moe_jax.errors import ConfigError, UserError
 from hgnn_moe_jax.training.records import write_json
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -91,6 +91,10 @@ def drill(
   """
   if unknown := [arm for arm in arms if arm not in ARMS]:
     raise UserError(f"--arms={unknown[0]}: unknown; use some of {','.join(ARMS)}")
+  if not config.training.steps:
+    raise ConfigError(
+      "training.steps", 0, "a drill counts in steps; set it, and training.epochs to 0"
+    )
   if not 0 < fault_step < config.training.steps:
     raise UserError(
       f"--fault_step={fault_step}: use a step before the end, "

@@ -47,13 +47,14 @@ def group_runs(named: Sequence[tuple[str, RunData]]) -> dict[str, list[RunData]]
     for what, of in _MUST_AGREE.items():
       if of(run) != of(first):
         raise UserError(
-          f"{run.folder} cannot be compared with {first.folder}: {what} {of(run)} and {of(first)}"
+          f"{run.folder} cannot be compared with {first.folder}: {what} {_brief(of(run))} and "
+          f"{_brief(of(first))}"
         )
     group = groups.setdefault(name, [])
     if group and _meaning(group[0]) != _meaning(run):
       raise UserError(
         f"{run.folder} and {group[0].folder} have the name {name!r} and differ in more "
-        "than the seed; give them different names (--config.name)"
+        "than the seed; give each a name of its own: NAME=FOLDER"
       )
     if any(other.config.seed == run.config.seed for other in group):
       raise UserError(f"{run.folder}: seed {run.config.seed} is there twice in its group")
@@ -71,10 +72,16 @@ _MUST_AGREE: dict[str, Any] = {
 }
 
 
+def _brief(value: Any) -> str:
+  """Of a fingerprint the beginning."""
+  text = str(value)
+  return text if len(text) <= 12 else f"{text[:8]}..."
+
+
 def _meaning(run: RunData) -> str:
   """What decides the result, but for the seed; to be compared."""
   content = run.config.to_dict()
-  del content["seed"]
+  del content["seed"], content["name"]
   for group in dataclasses.fields(Config):
     owner = getattr(run.config, group.name)
     for field in dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else ():
@@ -132,14 +139,22 @@ def write(groups: Groups, output: pathlib.Path, baseline: str | None = None) -> 
   return path
 
 
+def _named(word: str) -> tuple[str, RunData]:
+  """A run and its config's name, or of NAME=FOLDER that name."""
+  name, equals, folder = word.partition("=")
+  if equals and not pathlib.Path(word).exists():
+    return name, read_run(pathlib.Path(folder))
+  run = read_run(pathlib.Path(word))
+  return run.config.name, run
+
+
 def main() -> None:
   """The command."""
   baseline = flags.DEFINE_string("baseline", None, "Name of the group to compare the others with.")
   folder = flags.DEFINE_string("output", "runs/comparison", "Folder for page, table and figures.")
 
   def run(argv: list[str]) -> None:
-    runs = [read_run(pathlib.Path(word)) for word in argv[1:]]
-    groups = group_runs([(run.config.name, run) for run in runs])
+    groups = group_runs(list(map(_named, argv[1:])))
     path = write(groups, pathlib.Path(folder.value), baseline.value)
     for reason in left_out(groups):
       print("left out:", reason, file=sys.stderr)

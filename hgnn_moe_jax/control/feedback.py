@@ -47,8 +47,10 @@ def feedback(
   Freezing I there (conditional integration) is the anti-windup.
 
   The schedule acts on the set-point, not on the strength: a constraint decays by asking for less.
-  In an emergency K_P is multiplied, which is bounded, leaves no trace in I and is taken back when
-  the emergency ends. Plateau and convergence are flagged only.
+  In an emergency K_P is multiplied where xi asks for more, which is bounded, leaves no trace in I
+  and is taken back when the emergency ends. (An emergency may be one of the effective experts, with
+  the score above its target: a larger gain would then let go of them.) Plateau and convergence are
+  flagged only.
 
   Gains: with tau the time constant of the score's answer to a strength, in steps, and G its size,
   K_I = K_P / tau cancels the plant's lag, and the loop settles with the time constant
@@ -96,7 +98,8 @@ def feedback(
     )
 
   def value(state: FeedbackState, sight: Sight) -> jax.Array:
-    gain_L = jnp.where(sight.emergency_L, boosted_gain, proportional_gain)
+    boosted_L = sight.emergency_L & (state.filtered_error_L > 0.0)
+    gain_L = jnp.where(boosted_L, boosted_gain, proportional_gain)
     return state.integral_L + gain_L * state.filtered_error_L
 
   return supervise(Law(init, update, value), watch, actuator)

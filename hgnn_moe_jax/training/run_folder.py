@@ -12,6 +12,7 @@ from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.training.records import run_folder_errors, write_json
 
 TOKENIZER = "tokenizer.json"
+CARD = "card.json"  # Of an exported model, see `trained`: no run folder.
 
 
 @contextmanager
@@ -65,9 +66,14 @@ def claim(
     tokenizer_definition: content of tokenizer.json, which makes the run readable without its text.
 
   Raises:
-    UserError: the folder belongs to a run that differs in meaning, with the fields that differ.
+    UserError: the folder belongs to a run that differs in meaning, with the fields that differ, or
+      to an exported model.
   """
   if not (workdir / "config.json").exists():
+    if (workdir / CARD).exists():
+      raise UserError(
+        f"--workdir={workdir}: holds an exported model ({CARD}); choose another folder"
+      )
     if (workdir / "checkpoints").exists():
       raise UserError(
         f"--workdir={workdir}: has checkpoints but no config.json, so it cannot be continued; "

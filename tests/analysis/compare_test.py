@@ -66,6 +66,9 @@ def test_what_does_not_decide_the_result_may_differ(write_run):
   first = write_run("one", [STEP], (), LAST, seed=0)
   second = write_run("two", [STEP], (), LAST, **{"seed": 1, "training.steps_per_dispatch": 5})
   assert len(group([read_run(first), read_run(second)])["tiny"]) == 2
+  third = read_run(write_run("three", [STEP], (), LAST, seed=2, name="renamed"))
+  named = [("a", read_run(first)), ("a", third)]
+  assert len(compare.group_runs(named)["a"]) == 2
 
 
 def test_nothing_to_compare():
@@ -157,6 +160,8 @@ def test_the_command(groups, tmp_path):
   assert done.stderr.splitlines() == [
     f"left out: {folder}: {oddity}" for folder in sorted(folders[:2])
   ]
+  named = command(f"x={folders[0]}", f"y={folders[1]}", output)
+  assert "\n| x | 1 |" in named.stdout and "\n| y | 1 |" in named.stdout
   (folders[0] / "summary.json").unlink()
   refused = command(*folders, output)
   assert refused.returncode == 2 and refused.stdout == ""

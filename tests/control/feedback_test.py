@@ -120,6 +120,9 @@ def test_an_emergency_raises_the_proportional_gain_and_leaves_no_trace():
   np.testing.assert_allclose(_strength(controller, alarmed), 0.1 + 1.5 * 0.2, rtol=1e-6)
   off = _controller(boost_multiplier=3.0, emergency_boost=False)
   np.testing.assert_allclose(_strength(off, alarmed), 0.1 + 0.5 * 0.2, rtol=1e-6)
+  # Experts may collapse while the score is above its target: the boost must not let go of them.
+  above = _with(controller.init(), 0.2, -0.1, emergency=True)
+  np.testing.assert_allclose(_strength(controller, above), 0.2 - 0.5 * 0.1, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
