@@ -52,13 +52,21 @@ def validated(config: Any) -> Config:
     what = "no such file" if missing else "no Config there"
     raise UserError(f"--config={given or ''}: {what}; give a file such as configs/quickstart.py")
   config.validate()
-  keep_compiled(config)
+  keep_compiled(config.data.cache_dir)
   return config
 
 
-def keep_compiled(config: Config) -> None:
-  """Compiled code is kept on the disk from here on, and found there."""
-  jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data.cache_dir) / "xla"))
+def keep_compiled(cache_dir: str = "") -> None:
+  """Compiled code is kept on the disk from here on, and found there.
+
+  What is found is run. So the place is the user's to say, never a folder's that is only read.
+
+  Args:
+    cache_dir: of the user's own config; empty: where JAX_COMPILATION_CACHE_DIR says, or below the
+      user's cache.
+  """
+  if cache_dir or not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(cache_root(cache_dir) / "xla"))
 
 
 def refuse_words(argv: list[str]) -> None:

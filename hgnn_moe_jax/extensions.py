@@ -7,10 +7,16 @@ example per field.
 """
 
 import importlib
+import operator
+import pathlib
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hgnn_moe_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+  from hgnn_moe_jax.config import Config
 
 # Field -> what it names.
 FIELDS = {
@@ -19,6 +25,11 @@ FIELDS = {
   "orthogonality.weight_form": "an overlap of weights: w_LEDK -> [L, E, E]",
   "orthogonality.output_form": "an overlap of updates: (centred_EBTD, shares_BT) -> [E, E]",
 }
+
+
+def fields(config: "Config") -> dict[str, str]:
+  """The values that the config has in FIELDS."""
+  return {field: operator.attrgetter(field)(config) for field in FIELDS}
 
 
 def is_path(value: str) -> bool:
@@ -48,6 +59,23 @@ def load(field: str, path: str) -> Callable[..., Any]:
   if not callable(found):
     raise ConfigError(field, path, f"not callable; give {FIELDS[field]}")
   return found
+
+
+def require_outside(folder: pathlib.Path, values: dict[str, str]) -> None:
+  """Raises ConfigError if a module that a folder's config names lies in that folder.
+
+  A run or an exported model may come from somebody else, and reading it must not run its code.
+
+  Args:
+    folder: that is read.
+    values: of FIELDS.
+  """
+  folder = folder.resolve()
+  for field, value in values.items():
+    relative = value.partition(":")[0].replace(".", "/")
+    places = [(pathlib.Path(entry) / relative).resolve() for entry in sys.path]
+    if is_path(value) and any(place.is_relative_to(folder) for place in places):
+      raise ConfigError(field, value, f"the module lies in {folder}; if you trust it, move it out")
 
 
 def resolve(field: str, value: str) -> Any:

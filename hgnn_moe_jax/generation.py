@@ -235,6 +235,8 @@ def _read_prompts(
     if len(ids) > T:
       warn(f"prompt {number + 1} has {len(ids)} tokens, the context holds {T}: its end is read")
     context = [*start, *(int(i) for i in ids)][-T:]
+    if not context:
+      raise UserError(f"prompt {number + 1} has no tokens: give text that the tokenizer knows")
     rows.append(_Row(tokenizer, number, prompt, context, sampling.stop, on_text))
   return rows
 

@@ -85,11 +85,10 @@ def _train() -> None:
 
 
 def _evaluate() -> None:
-  from hgnn_moe_jax.training import evaluate, run_folder
+  from hgnn_moe_jax.training import evaluate
 
-  folder = _folder()
-  cli.keep_compiled(run_folder.read_config(folder)[0])
-  result = evaluate.evaluate_run(folder, FLAGS.split, FLAGS.checkpoint, FLAGS.stride)
+  cli.keep_compiled()
+  result = evaluate.evaluate_run(_folder(), FLAGS.split, FLAGS.checkpoint, FLAGS.stride)
   print(report.evaluation(result))
 
 
@@ -107,8 +106,8 @@ def _generate() -> None:
   )
   generation.check(sampling)
   prompts = generation_view.prompts(FLAGS.prompt, FLAGS.prompts)
+  cli.keep_compiled()
   model = trained.load(_folder(), FLAGS.checkpoint)
-  cli.keep_compiled(model.config)
   generation_view.show(model, prompts, sampling, FLAGS.colour)
 
 

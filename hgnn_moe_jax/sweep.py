@@ -25,7 +25,7 @@ from ml_collections import config_flags
 
 from hgnn_moe_jax import cli
 from hgnn_moe_jax.config import Config, with_fields
-from hgnn_moe_jax.errors import ConfigError, Preempted, UserError
+from hgnn_moe_jax.errors import ConfigError, NonFiniteError, Preempted, UserError
 from hgnn_moe_jax.training import run_folder
 from hgnn_moe_jax.training.processes import stop_requests
 
@@ -236,24 +236,36 @@ def main() -> None:
         print("# finished" if ended else "", shlex.join(["python", *job.words]))
       return
     with stop_requests() as stop:
-      for number, (job, ended) in enumerate(zip(jobs, done, strict=True), 1):
-        _run_one(f"{number}/{len(jobs)}", job, ended, stop)
-    _compare(jobs, folder, baseline.value or names[0])
+      numbered = enumerate(zip(jobs, done, strict=True), 1)
+      ended = [_run_one(f"{n}/{len(jobs)}", job, before, stop) for n, (job, before) in numbered]
+    if not all(ended):
+      diverged = [str(job.folder) for job, well in zip(jobs, ended, strict=True) if not well]
+      print("diverged, and left out:", *diverged, file=sys.stderr)
+    if any(ended):
+      left = [job for job, well in zip(jobs, ended, strict=True) if well]
+      _compare(left, folder, baseline.value or left[0].cell.name)
+    if not all(ended):
+      sys.exit(NonFiniteError.exit_status)
 
   cli.start(run)
 
 
-def _run_one(number: str, job: Job, ended: bool, stop: threading.Event) -> None:
+def _run_one(number: str, job: Job, ended: bool, stop: threading.Event) -> bool:
+  """False if its training diverged. That is a result; after any other error the sweep ends."""
   if ended:
     print(f"{number} {job.folder}: finished before", flush=True)
-    return
+    return True
   print(f"{number} {job.folder}", flush=True)
   status = _run_process([sys.executable, *job.words], stop)
+  if status == NonFiniteError.exit_status:
+    return False
   if status:  # The run has said why.
     print(f"stopped at {job.folder}; the same command continues", file=sys.stderr)
     sys.exit(status)
-  perplexity = json.loads((job.folder / "summary.json").read_text())["last"]["token_perplexity"]
+  summary = json.loads((job.folder / "summary.json").read_text())
+  perplexity = float(summary["last"]["token_perplexity"])  # "inf" is a string there.
   print(f"{number} {job.folder}: validation token perplexity {perplexity:.2f}", flush=True)
+  return True
 
 
 def _run_process(words: Sequence[str], stop: threading.Event) -> int:

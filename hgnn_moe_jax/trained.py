@@ -15,7 +15,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from hgnn_moe_jax.config import Config, difference
+from hgnn_moe_jax import extensions
+from hgnn_moe_jax.config import Config, difference, with_fields
 from hgnn_moe_jax.data.corpus import load_corpus
 from hgnn_moe_jax.data.tokenizers import Tokenizer, stored_tokenizer
 from hgnn_moe_jax.errors import ConfigError, UserError
@@ -87,9 +88,13 @@ def export(trained: Trained, folder: str | pathlib.Path) -> pathlib.Path:
     safetensors.numpy.save_file(arrays, folder / WEIGHTS, {"format": "hgnn_moe_jax"})
     if trained.tokenizer.definition is not None:
       (folder / run_folder.TOKENIZER).write_text(trained.tokenizer.definition, encoding="utf-8")
+  # Where the author's files lie is nobody's business, and means nothing elsewhere.
+  data, private = trained.config.data, {"data.cache_dir": ""}
+  if data.source in ("text", "json", "parquet"):
+    private["data.path"] = pathlib.Path(data.path).name
   card = {
     "format": _FORMAT,
-    "config": trained.config.to_dict(),
+    "config": with_fields(trained.config, private).to_dict(),
     "tokenizer": {
       "name": trained.config.data.tokenizer,
       "vocab_size": trained.tokenizer.vocab_size,
@@ -118,6 +123,7 @@ def _differences(folder: pathlib.Path, trained: Trained) -> list[str]:
 
 def _load_run(folder: pathlib.Path, checkpoint: str) -> Trained:
   config, content = run_folder.read_config(folder)
+  extensions.require_outside(folder, extensions.fields(config))
   if not (folder / "checkpoints").is_dir():  # Orbax would make it.
     raise UserError(f"{folder}: no checkpoints there; copy them, too, or let the run go on")
   tokenizer = _run_tokenizer(folder, config)
@@ -150,7 +156,9 @@ def _load_exported(folder: pathlib.Path) -> Trained:
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     if card["format"] != _FORMAT:
       raise UserError(f"{folder / CARD}: format {card['format']}; this version reads {_FORMAT}")
-    config = Config.from_dict(card["config"]).validate()
+    config = Config.from_dict(card["config"])
+    extensions.require_outside(folder, extensions.fields(config))
+    config.validate()
     named, step, result = card["tokenizer"], int(card["step"]), card["result"]
     vocab_size, fingerprint = int(named["vocab_size"]), named["fingerprint"]
   except ConfigError as error:

@@ -2,16 +2,27 @@
 # Six ways to set the orthogonality, 3 seeds each, at equal steps. Continues what was stopped.
 #
 #   launch/adaptive_study.sh runs/adaptive_study [options of hgnn_moe_jax.main, e.g. --config.training.steps=400]
+#
+# DRY_RUN=1 prints the commands.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 folder=${1:?give the folder of the runs}
+case $folder in /*) ;; *) folder=$PWD/$folder ;; esac
 shift
+cd "$(dirname "$0")/.."
+run() {
+  if [ "${DRY_RUN:-0}" = 1 ]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@" </dev/null
+  fi
+}
 for seed in 0 1 2; do
   while read -r arm config options; do
     # shellcheck disable=SC2086  # options are words
-    "${PYTHON:-python}" -m hgnn_moe_jax.main --config="configs/$config.py" --quiet \
+    run "${PYTHON:-python}" -m hgnn_moe_jax.main --config="configs/$config.py" --quiet \
       --workdir="$folder/$arm-$seed" --config.name="$arm" --config.seed="$seed" \
-      $options "$@" </dev/null
+      $options "$@"
   done <<ARMS
 none wikitext2_small
 static_weight static

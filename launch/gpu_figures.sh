@@ -4,15 +4,27 @@
 #   launch/gpu_figures.sh runs/gpu_figures
 #
 # Nothing else may use the GPU meanwhile. What has its file in the folder is not measured again, so
-# the same command continues what was stopped; a whole run that was stopped begins again. What fails is named at the end, with its log, and
-# leaves the others alone; the exit status is then 1. WIKITEXT=FOLDER reads WikiText-2 from
-# train.txt, valid.txt and test.txt there instead of the hub's. DRY_RUN=1 prints the commands.
+# the same command continues what was stopped; a whole run that was stopped begins again. What fails
+# is named at the end, with its log, and leaves the others alone; the exit status is then 1.
+# WIKITEXT=FOLDER reads WikiText-2 from train.txt, valid.txt and test.txt there instead of the
+# hub's. DRY_RUN=1 prints the commands.
 set -euo pipefail
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
+folder=$(absolute "${1:?give the folder of the results}")
+wikitext=${WIKITEXT:+$(absolute "$WIKITEXT")}
 cd "$(dirname "$0")/.."
-folder=${1:?give the folder of the results}
 python=${PYTHON:-python}
+cache=$folder/cache_of_runs
 failed=()
-trap 'exit 130' INT TERM
+running=
+
+stop() {  # What runs is asked to stop as well, or it would go on using the GPU.
+  if [ -n "$running" ]; then
+    kill "$running" && wait "$running" || true
+  fi
+  exit 130
+}
+trap stop INT TERM
 
 attempt() {  # attempt NAME FILE COMMAND...: runs it, unless its file is there
   local name=$1 file=$2 started=$SECONDS
@@ -27,10 +39,14 @@ attempt() {  # attempt NAME FILE COMMAND...: runs it, unless its file is there
     return
   fi
   mkdir -p "$folder"
-  if "$@" >"$folder/$name.log" 2>&1 </dev/null; then
+  "$@" >"$folder/$name.log" 2>&1 </dev/null &
+  running=$!
+  if wait "$running"; then
+    running=
     grep -E '^\||passed' "$folder/$name.log" || true
     echo "$name: $((SECONDS - started)) s" | tee -a "$folder/$name.log"
   else
+    running=
     echo "$name: failed, see $folder/$name.log"
     failed+=("$name")
   fi
@@ -45,13 +61,13 @@ headline() {  # headline NAME: the original's protocol, whole; NAME.log ends wit
   # A run that was stopped begins again, since its time is the figure; the first with no cache.
   if [ "${DRY_RUN:-0}" != 1 ] && [ ! -e "$folder/$1/summary.json" ]; then
     rm -rf "${folder:?}/$1"
-    if [ "$1" = cold ]; then rm -rf "$folder/cache"; fi
+    if [ "$1" = cold ]; then rm -rf "${cache:?}"; fi
   fi
-  if [ -n "${WIKITEXT:-}" ]; then
-    text=(--config.data.source=text --config.data.path="$WIKITEXT")
+  if [ -n "$wikitext" ]; then
+    text=(--config.data.source=text --config.data.path="$wikitext")
   fi
   attempt "$1" "$folder/$1/summary.json" "$python" -m hgnn_moe_jax.main --quiet \
-    --config=configs/original.py --config.seed=42 --config.data.cache_dir="$folder/cache" \
+    --config=configs/original.py --config.seed=42 --config.data.cache_dir="$cache" \
     --workdir="$folder/$1" "${text[@]}"
 }
 

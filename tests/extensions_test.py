@@ -148,6 +148,22 @@ def test_an_overlap_of_weights(tmp_path, monkeypatch, tiny_config, shared_progra
   assert all(step["weight_penalty"] == [2.0] for step in train)
 
 
+def test_a_measure_that_is_no_number_stops_nothing_where_nothing_is_penalised(
+  tmp_path, monkeypatch, tiny_config, shared_programs
+):
+  (tmp_path / "no_number.py").write_text(
+    "import jax.numpy as jnp\n\n\ndef overlap(centred_EBTD, shares_BT):\n"
+    "  return jnp.full((centred_EBTD.shape[0],) * 2, jnp.nan)\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  strengths = {f"orthogonality.{kind}_strength": 0.0 for kind in ("weight", "output")}
+  small = {"model.num_layers": 1, "model.coupler": "mean", "training.steps": 4}
+  config = tiny_config(**small, **strengths, **{"orthogonality.output_form": "no_number:overlap"})
+  train = _train(config, tmp_path / "run")
+  assert all(step["loss"] == step["lm_loss"] > 0 for step in train)
+  assert all(step["output_penalty"] == ["nan"] for step in train)
+
+
 @pytest.mark.parametrize(
   ("path", "message"),
   [
@@ -163,6 +179,21 @@ def test_bad_paths(path, message):
   with pytest.raises(ConfigError, match=re.escape(message)) as error:
     with_fields(Config(), {"model.coupler": path, "training.steps": 1}).validate()
   assert error.value.field == "model.coupler"
+
+
+def test_reading_a_folder_runs_none_of_its_code(tmp_path, monkeypatch):
+  """It may be somebody else's; Python looks for modules in the folder that one works in."""
+  folder = tmp_path / "exported" / "nice"
+  folder.mkdir(parents=True)
+  monkeypatch.syspath_prepend(tmp_path)
+  inside, beside = "exported.nice.own:Ring", "own:Ring"
+  named = {"adaptive.controller": "constant", "model.coupler": inside}
+  with pytest.raises(ConfigError, match=f"coupler='{inside}': the module lies in {folder}; if you"):
+    extensions.require_outside(folder, named)
+  extensions.require_outside(folder, {"model.coupler": beside})
+  monkeypatch.syspath_prepend(folder)
+  with pytest.raises(ConfigError, match="the module lies in"):
+    extensions.require_outside(folder, {"model.coupler": beside})
 
 
 def test_a_mistake_inside_the_module_is_told_as_it_is(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -57,9 +58,7 @@ def test_every_file_opens_with_its_command():
     assert path.suffix != ".sh" or os.access(path, os.X_OK), path.name
     assert head.startswith("#")
   guide = (ROOT / "docs" / "gpus-and-clusters.md").read_text()
-  studies = {"adaptive_study.sh"}
-  missing = [p.name for p in LAUNCH.iterdir() if p.name not in guide]
-  assert set(missing) <= studies
+  assert [p.name for p in LAUNCH.iterdir() if p.name not in guide] == []
 
 
 def test_scripts_are_scripts():
@@ -93,7 +92,8 @@ def test_figures_of_a_gpu():
     for option in [option for flag, option in given if flag == "--compiler_option"]:
       train_step.parse_option(option)
   runs = [words for words in commands if "hgnn_moe_jax.main" in words]
-  assert len(runs) == 3 and all("--config.data.path=my text" in words for words in runs)
+  text = f"--config.data.path={pathlib.Path.cwd()}/my text"
+  assert len(runs) == 3 and all(text in words for words in runs)
   results = [
     word.partition("=")[2]
     for words in commands
@@ -101,7 +101,8 @@ def test_figures_of_a_gpu():
     if re.match(r"--(out|workdir)=", word)
   ]
   assert len(set(results)) == len(commands)
-  assert all(re.fullmatch(r"runs/my figures/\w+(\.json)?", result) for result in results)
+  own = f"{pathlib.Path.cwd()}/runs/my figures/"  # The caller's, not the script's.
+  assert all(re.fullmatch(re.escape(own) + r"\w+(\.json)?", result) for result in results)
 
 
 def test_figures_of_a_gpu_continue_and_tell_what_failed(tmp_path):
@@ -141,8 +142,10 @@ def test_figures_of_a_gpu_continue_and_tell_what_failed(tmp_path):
 
   # A run that was stopped, and what an earlier call kept.
   (folder / "cold").mkdir(parents=True)
-  (folder / "cache").mkdir()
+  (folder / "cache_of_runs").mkdir()
+  (folder / "cache").mkdir()  # Somebody else's.
   done, started = start()
+  assert (folder / "cache").exists()
   assert done.returncode == 1 and done.stderr == "failed: data\n"
   assert f"data: failed, see {folder}/data.log\n" in done.stdout
   assert (folder / "data.log").read_text() == "error: no such thing\n"
@@ -155,9 +158,44 @@ def test_figures_of_a_gpu_continue_and_tell_what_failed(tmp_path):
   assert done.stdout.startswith("shapes: there already\n")
 
 
+def test_figures_of_a_gpu_hand_on_a_request_to_stop(tmp_path):
+  """Else what runs would go on using the GPU."""
+  stub, told = tmp_path / "python", tmp_path / "told"
+  stub.write_text(
+    f"#!{sys.executable}\n"
+    "import pathlib, signal, sys, time\n"
+    f"told = pathlib.Path({str(told)!r})\n"
+    "def stop(number, frame):\n"
+    "  told.write_text('stopped')\n"
+    "  sys.exit(75)\n"
+    "signal.signal(signal.SIGTERM, stop)\n"
+    "told.write_text('ready')\n"
+    "time.sleep(60)\n"
+  )
+  stub.chmod(0o755)
+  environment = {**os.environ, "PYTHON": str(stub), "DRY_RUN": "0"}
+  script = subprocess.Popen([LAUNCH / "gpu_figures.sh", tmp_path / "figures"], env=environment)
+  while not (told.exists() and told.read_text() == "ready"):
+    assert script.poll() is None
+    time.sleep(0.05)
+  script.terminate()
+  assert script.wait(timeout=30) == 130 and told.read_text() == "stopped"
+
+
+def test_the_study():
+  commands = dry("adaptive_study.sh", "runs/my study", "--config.training.steps=400")
+  assert len(commands) == 18
+  own = f"--workdir={pathlib.Path.cwd()}/runs/my study/"
+  runs = {w.removeprefix(own) for words in commands for w in words if w.startswith(own)}
+  weight, output = ("static_weight", "adaptive_weight"), ("static_output", "adaptive_output")
+  arms = ("none", *weight, *output, "feedback")
+  assert runs == {f"{arm}-{seed}" for arm in arms for seed in range(3)}
+  assert_starts(*commands[:6])
+
+
 def test_slurm():
   (command,) = dry("slurm.sh", *TRAIN)
-  assert command[:3] == ["srun", "--kill-on-bad-exit=1", "python"]
+  assert command[:4] == ["srun", "--kill-on-bad-exit=0", "--wait=90", "python"]
   assert command[-3:] == ["--distributed", *TRAIN]
   assert_starts(command)
   text = (LAUNCH / "slurm.sh").read_text()

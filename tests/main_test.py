@@ -15,6 +15,7 @@ import jax
 import pytest
 
 from hgnn_moe_jax import main
+from hgnn_moe_jax.cli import keep_compiled
 from hgnn_moe_jax.training import loop
 
 QUICKSTART = f"--config={pathlib.Path(__file__).parent.parent / 'configs' / 'quickstart.py'}"
@@ -108,6 +109,21 @@ ARGUMENTS = [
 @pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=lambda v: str(v)[-40:])
 def test_mistaken_arguments(arguments, message, refused):
   assert re.match(message, refused(*arguments))
+
+
+def test_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+  """What is found there is run: never where the config of a folder that is read says."""
+  kept = jax.config.jax_compilation_cache_dir
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  try:
+    seen = []
+    for before, given in ((None, ""), ("/elsewhere", ""), ("/elsewhere", str(tmp_path / "own"))):
+      jax.config.update("jax_compilation_cache_dir", before)
+      keep_compiled(given)
+      seen.append(jax.config.jax_compilation_cache_dir)
+  finally:
+    jax.config.update("jax_compilation_cache_dir", kept)
+  assert seen == [f"{tmp_path}/hgnn_moe_jax/xla", "/elsewhere", f"{tmp_path}/own/xla"]
 
 
 def test_help_lists_every_flag_and_is_no_failure():
@@ -288,10 +304,7 @@ def test_a_run_from_start_to_text(cli, tiny_config, config_file, tmp_path, share
   assert (again.status, again.err) == (0, "")
   assert again.out.split("best ")[1] == first.out.split("best ")[1]
 
-  kept = jax.config.jax_compilation_cache_dir
-  jax.config.update("jax_compilation_cache_dir", None)  # as in a process of its own
   scored = cli("--mode=evaluate", f"--workdir={workdir}", "--split=test", "--stride=5")
-  assert jax.config.jax_compilation_cache_dir == kept
   assert scored.status == 0
   assert re.match(r"test, step 12, [\d,]+ tokens\n  token perplexity [\d.]+\n", scored.out)
   last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])

@@ -163,6 +163,29 @@ def test_a_sweep_continues_and_ends_with_the_comparison(run_sweep, tmp_path):
   assert second.out.splitlines()[-4:] == first.out.splitlines()[-4:]
 
 
+def test_what_diverges_is_a_result(run_sweep, tmp_path, monkeypatch):
+  """The others are trained and compared; a perplexity may be infinite."""
+  statuses, compared = iter([3, 0]), []
+
+  def end(words, stop):
+    folder = pathlib.Path(next(w for w in words if w.startswith("--workdir=")).partition("=")[2])
+    folder.mkdir(parents=True)
+    if (status := next(statuses)) == 0:
+      (folder / "summary.json").write_text('{"last": {"token_perplexity": "inf"}}')
+    return status
+
+  def compare(jobs, folder, baseline):
+    compared.append(([job.folder.name for job in jobs], folder, baseline))
+
+  monkeypatch.setattr(sweep, "_run_process", end)
+  monkeypatch.setattr(sweep, "_compare", compare)
+  done, folder = run_sweep(), tmp_path / "sweep"
+  assert done.status == 3
+  assert done.err == f"diverged, and left out: {folder}/output_strength=0.0-0\n"
+  assert done.out.endswith("output_strength=0.2-0: validation token perplexity inf\n")
+  assert compared == [(["output_strength=0.2-0"], folder, "output_strength=0.2")]
+
+
 def test_overrides_arrive_however_they_are_written(run_sweep, tmp_path):
   """One dash, a switch without value, one that is switched off, a value in a word of its own."""
   seen = run_sweep(

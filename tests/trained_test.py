@@ -72,12 +72,36 @@ def test_a_round_trip_changes_no_bit(run, exported):
   logits = lambda t: np.asarray(jax.jit(t.model.logits)(t.params, inputs_BT))  # noqa: E731
   assert _same(before.params, after.params)
   np.testing.assert_array_equal(logits(before), logits(after))
-  assert after.config == before.config
+  assert after.config == with_fields(before.config, _private(before.config))
   assert (after.step, after.result) == (before.step, before.result)
   text = "the experts of one layer"
   ids = before.tokenizer.encode([text])[0]
   np.testing.assert_array_equal(after.tokenizer.encode([text])[0], ids)
   assert after.tokenizer.decode(ids) == text
+
+
+def _private(config):
+  return {"data.path": pathlib.Path(config.data.path).name, "data.cache_dir": ""}
+
+
+def test_an_export_does_not_say_where_its_author_keeps_things(run, exported):
+  config = trained.load(run).config
+  for place in (config.data.path, config.data.cache_dir):
+    assert pathlib.Path(place).is_absolute()
+    assert str(pathlib.Path(place).parent) not in (exported / "card.json").read_text()
+
+
+@pytest.mark.parametrize("where", ["run", "exported"])
+def test_neither_brings_code_along(where, run, exported, tmp_path, monkeypatch):
+  folder = shutil.copytree(run if where == "run" else exported, tmp_path / "theirs")
+  name = "config.json" if where == "run" else "card.json"
+  content = json.loads((folder / name).read_text())
+  content["config"]["model"]["coupler"] = "theirs.evil:Op"
+  (folder / name).write_text(json.dumps(content))
+  (folder / "evil.py").write_text("raise AssertionError('it was run')\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(UserError, match=r"the module lies in .*theirs"):
+    trained.load(folder)
 
 
 def test_the_card_and_the_names(exported):

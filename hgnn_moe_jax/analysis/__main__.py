@@ -24,12 +24,12 @@ def main() -> None:
       raise UserError("give the folder of a run: python -m hgnn_moe_jax.analysis runs/quickstart")
     from hgnn_moe_jax.analysis.analyze import analyze  # Figures need matplotlib, an extra.
 
+    cli.keep_compiled()
     other = None if baseline.value is None else read_run(pathlib.Path(baseline.value))
     status = 0
     for folder in map(pathlib.Path, argv[1:]):
       try:
         read = read_run(folder)
-        cli.keep_compiled(read.config)
         report = analyze(read, folder / "analysis", other)
       except UserError as error:
         _tell("error", str(error))

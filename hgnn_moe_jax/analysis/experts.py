@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from hgnn_moe_jax import trained
+from hgnn_moe_jax import extensions, trained
 from hgnn_moe_jax.analysis.runs import RunData
 from hgnn_moe_jax.analysis.style import colour, layer_panels
 from hgnn_moe_jax.data.corpus import load_corpus
@@ -46,6 +46,7 @@ def load_experts(run: RunData) -> Experts:
       f"{run.folder}: the model may be one that this version does not know ("
       f"{', '.join(run.unknown)}); look at it with the version that trained it"
     )
+  extensions.require_outside(run.folder, extensions.fields(config))
   config.validate()
   corpus = load_corpus(config)
   if corpus.fingerprint != run.data.get("fingerprint"):

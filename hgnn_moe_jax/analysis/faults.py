@@ -98,6 +98,8 @@ def fork(
   writer.save(step, change(state), {**note, "metrics_bytes": len(content)})
   writer.wait()
   writer.close()
+  if (source / run_folder.TOKENIZER).exists():
+    shutil.copy(source / run_folder.TOKENIZER, target)
   shutil.copy(source / "config.json", target / "config.json")  # Last: the copy is complete.
 
 

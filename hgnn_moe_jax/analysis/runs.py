@@ -121,16 +121,19 @@ def _config(folder: pathlib.Path) -> tuple[dict[str, Any], Config, dict[str, Any
 
 def _records(folder: pathlib.Path) -> list[dict[str, Any]]:
   lines = _text(folder / "metrics.jsonl", "let the run start").splitlines()
-  records = []
+  records, damaged = [], 0
   for number, line in enumerate(lines, 1):
     record = _record(line)
-    if record is not None:
-      records.append(record)
-    elif number < len(lines):
+    # An evaluation beside training may stand behind what a killed run has cut short.
+    if damaged and (record is None or "checkpoint" not in record):
       raise UserError(
-        f"{folder / 'metrics.jsonl'}: line {number} is damaged; restore the file, or look at a "
+        f"{folder / 'metrics.jsonl'}: line {damaged} is damaged; restore the file, or look at a "
         "copy of the folder without that line"
       )
+    if record is None:
+      damaged = number
+    else:
+      records.append(record)
   return records
 
 

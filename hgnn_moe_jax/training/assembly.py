@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -119,7 +118,7 @@ def assemble_sized(
     fill: the token id that pads.
   """
   config = with_fields(config, _OF_THE_RUN)  # A copy, which nobody will change.
-  named = {field: operator.attrgetter(field)(config) for field in extensions.FIELDS}
+  named = extensions.fields(config)
   brought = tuple(
     _Itself(extensions.load(field, name))
     for field, name in named.items()

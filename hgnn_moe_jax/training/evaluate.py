@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from hgnn_moe_jax import sharding
+from hgnn_moe_jax import extensions, sharding
 from hgnn_moe_jax.data.corpus import load_corpus
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.training import run_folder
@@ -31,6 +31,7 @@ def evaluate_run(
     UserError: no run, no readable checkpoint, or other data than the run was trained on.
   """
   config, content = run_folder.read_config(workdir)
+  extensions.require_outside(workdir, extensions.fields(config))
   if stride is not None:
     config.evaluation.stride = stride
   config.validate()

@@ -247,7 +247,7 @@ class Run:
     """Waits for the records, writes them, and stops the run if a number is not finite."""
     records = jax.tree.map(np.asarray, taken.records)
     seconds = self.clock.lap(taken.ended)
-    tokens = int(records.tokens[: taken.n].sum())
+    tokens = int(records.tokens[: taken.n].sum(dtype=np.float64))
     self.tokens_seen += tokens
     t = self.config.training
     for k in range(taken.n):

@@ -78,7 +78,8 @@ def stop_requests() -> Iterator[threading.Event]:
     yield event
     return
   for number in (signal.SIGTERM, signal.SIGINT):
-    previous[number] = signal.signal(number, ask)
+    # None: a handler that is not Python's, which cannot be put back.
+    previous[number] = signal.signal(number, ask) or signal.SIG_DFL
   try:
     yield event
   finally:

@@ -84,7 +84,10 @@ class MetricWriter:
           file.seek(min(keep_bytes, self._path.stat().st_size))
           file.writelines(added)
           file.truncate()
+      cut_short = _is_cut_short(self._path)
       self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+      if cut_short:  # By a full disk: what is added must not become a part of it.
+        self._file.write("\n")
 
   def write(self, kind: str, step: int, **fields: Any) -> None:
     line = json.dumps(plain({"kind": kind, "step": step, **fields}), allow_nan=False)
@@ -101,6 +104,15 @@ class MetricWriter:
   def close(self) -> None:
     with run_folder_errors(self._workdir):
       self._file.close()
+
+
+def _is_cut_short(path: pathlib.Path) -> bool:
+  """Whether the last line has no end."""
+  if not path.exists() or not path.stat().st_size:
+    return False
+  with open(path, "rb") as file:
+    file.seek(-1, os.SEEK_END)
+    return file.read() != b"\n"
 
 
 def _is_added(line: bytes) -> bool:

@@ -179,11 +179,16 @@ def make_train_step(
       weight_overlap_LEE=weight.overlap_LEE,
       output_overlap_LEE=data.output_overlap_LEE,
     )
+    # A measure that is not finite is no part of the loss where nothing is penalised.
+    terms = [data.lm_loss]
+    if penalise_weights:
+      terms.append(jnp.sum(strengths.weight_L * weight.penalty_L))
+    if penalise_outputs:
+      terms.append(jnp.sum(strengths.output_L * data.output_penalty_L))
+    if balance_strength:
+      terms.append(balance_strength * jnp.sum(data.balance_L))
     record = StepRecord(
-      loss=data.lm_loss
-      + jnp.sum(strengths.weight_L * weight.penalty_L)
-      + jnp.sum(strengths.output_L * data.output_penalty_L)
-      + balance_strength * jnp.sum(data.balance_L),
+      loss=sum(terms[1:], terms[0]),
       lm_loss=data.lm_loss,
       weight_penalty=weight.penalty_L,
       output_penalty=data.output_penalty_L,

@@ -128,8 +128,10 @@ def test_a_copy_left_half_made_is_made_anew(run, tmp_path):
   target = tmp_path / "copy"
   (target / "checkpoints").mkdir(parents=True)
   (target / "metrics.jsonl").write_text("half")
+  (folder / "tokenizer.json").write_text("{}")  # Of a run that has trained its own.
   faults.fork(folder, target, 4, lambda state: state)
   assert (target / "config.json").exists()
+  assert (target / "tokenizer.json").read_text() == "{}"
   assert (target / "metrics.jsonl").read_text().startswith('{"kind"')
 
 

@@ -45,6 +45,20 @@ def test_a_last_line_cut_short_is_left_out(write_run):
     assert len(read_run(folder).train["step"]) == 1
 
 
+def test_an_evaluation_may_stand_behind_a_line_cut_short(write_run):
+  folder = write_run("run", TRAIN)
+  path = folder / "metrics.jsonl"
+  first = path.read_text().splitlines()[0]
+  scored = {"kind": "eval", "step": 1, "split": "test", "checkpoint": "last", "loss": 1.0}
+  scored |= {f"{name}_perplexity": 2.0 for name in ("token", "word")} | {"bits_per_byte": 1.0}
+  added = json.dumps(scored)
+  path.write_text(f'{first}\n{{"kind": "train", "st\n{added}\n{added}\n')
+  assert read_run(folder).train["step"].tolist() == [1]
+  path.write_text(f'{first}\n{{"kind": "train", "st\n{added}\n{first}\n')
+  with pytest.raises(UserError, match="line 2 is damaged"):
+    read_run(folder)
+
+
 def test_fields_of_another_version(write_run, rewrite):
   """Unknown config fields are passed over and told; train fields that only some have are gone."""
   folder = write_run("run", [{"loss": 3.0, "pairs": None, "old": 1.0}, {"loss": 2.0, "pairs": 0.0}])

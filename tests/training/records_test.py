@@ -48,6 +48,24 @@ def test_float32_is_written_exactly():
   assert np.float32(json.loads(json.dumps(records.plain(value)))) == value
 
 
+def test_what_is_added_is_no_part_of_a_line_cut_short(tmp_path):
+  """By a full disk. A continued run writes the cut line again and keeps what was added."""
+  path = tmp_path / "metrics.jsonl"
+  whole = b'{"kind": "train", "step": 1}\n'
+  for content in (b"", whole):
+    path.write_bytes(content)
+    records.MetricWriter(tmp_path).close()
+    assert path.read_bytes() == content
+  path.write_bytes(whole + b'{"kind": "train", "st')
+  writer = records.MetricWriter(tmp_path)
+  writer.write("eval", 1, split="test", checkpoint="last")
+  writer.close()
+  added = b'{"kind": "eval", "step": 1, "split": "test", "checkpoint": "last"}\n'
+  assert path.read_bytes() == whole + b'{"kind": "train", "st\n' + added
+  records.MetricWriter(tmp_path, keep_bytes=len(whole)).close()
+  assert path.read_bytes() == whole + added
+
+
 def test_metric_writer_appends_and_cuts(tmp_path):
   writer = records.MetricWriter(tmp_path)
   writer.write("train", 1, loss=float("inf"))
