@@ -177,7 +177,7 @@ display(Image(folder / "drill.png", width=900))
 # - Levels before the fault differ between the arms, and *recovered* is relative to them: without a
 #   penalty, there may be little to come back to.
 # - It is one seed, one size of model and one kind of fault. A difference of a few steps between two
-#   arms, or of a few percent in perplexity, may well be chance: change `seed` in `fields` and see
+#   arms, or of a few percent in perplexity, may well be chance: add `"seed"` to `fields` and see
 #   whether it stays.
 # - After the fault the learning rate is already falling, and how much of the run is left decides
 #   how much can recover.

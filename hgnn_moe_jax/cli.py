@@ -65,7 +65,7 @@ def keep_compiled(cache_dir: str = "") -> None:
     cache_dir: of the user's own config; empty: where JAX_COMPILATION_CACHE_DIR says, or below the
       user's cache.
   """
-  if cache_dir or not jax.config.jax_compilation_cache_dir:
+  if cache_dir or not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_compilation_cache_dir", str(cache_root(cache_dir) / "xla"))
 
 

@@ -25,6 +25,9 @@ from hgnn_moe_jax.training import processes
 from hgnn_moe_jax.training.records import run_folder_errors
 from hgnn_moe_jax.training.state import TrainState
 
+# Orbax warns of every checkpoint without a score, of which most runs have some.
+logging.get_absl_logger().addFilter(lambda record: "tracked_metric" not in str(record.msg))
+
 _ATTEMPTS = 5  # To open a folder in which another process saves and deletes.
 # Devices that hold the same array write a part of it each, if parts are not smaller than this.
 _PART_BYTES = 2**20
