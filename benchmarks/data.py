@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from absl import flags
 
+from benchmarks import output
 from hgnn_moe_jax import cli
 from hgnn_moe_jax.data.examples import gather, place, stream_examples
 from hgnn_moe_jax.data.pipeline import Order, host_batches
-from hgnn_moe_jax.training.records import environment, write_json
 
 _SECONDS = 2.0  # for each measurement
 
@@ -77,7 +77,7 @@ def main() -> None:
       results = measure(pathlib.Path(folder), tokens.value, batch.value, length.value)
     print(table(results))
     if out.value:
-      write_json(pathlib.Path(out.value), {**environment(), "measurements": results})
+      output.write(out.value, {"measurements": results})
 
   cli.start(run)
 

@@ -7,7 +7,6 @@ distribution. Without the cache every token costs a forward pass over the window
 """
 
 import functools
-import pathlib
 import time
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from benchmarks import output
 from benchmarks.train_step import COUPLERS, EVERYWHERE, SHAPES
 from hgnn_moe_jax import cli
 from hgnn_moe_jax.config import Config, with_fields
@@ -23,7 +23,6 @@ from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.generation import Sampling, generate
 from hgnn_moe_jax.trained import Trained
 from hgnn_moe_jax.training.assembly import build_model
-from hgnn_moe_jax.training.records import environment, write_json
 
 
 def random_model(config: Config) -> Trained:
@@ -111,7 +110,7 @@ def main() -> None:
         results.append({**named, **measure(config, batch, rounds.value)})
     print(table(results))
     if out.value:
-      write_json(pathlib.Path(out.value), {**environment(), "measurements": results})
+      output.write(out.value, {"measurements": results})
 
   cli.start(run)
 

@@ -10,19 +10,17 @@ the same model's follows whose steps neither measure nor penalise the experts' o
 `overhead`).
 """
 
-import pathlib
 from typing import Any
 
 import jax
 from absl import flags
 
-from benchmarks import gpu_target, overhead
+from benchmarks import gpu_target, output, overhead
 from benchmarks.train_step import abstract_feed
 from hgnn_moe_jax import cli, device
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.sweep import parse_grid
 from hgnn_moe_jax.training.assembly import assemble_sized
-from hgnn_moe_jax.training.records import environment, write_json
 from hgnn_moe_jax.training.step import as_count, make_dispatch
 
 
@@ -96,7 +94,7 @@ def main() -> None:
         print(table(results[-1:]).splitlines()[-1], flush=True)
     print(table(results))
     if out.value:
-      write_json(pathlib.Path(out.value), {**environment(), "measurements": results})
+      output.write(out.value, {"measurements": results})
 
   cli.start(run)
 

@@ -8,7 +8,6 @@ experts' overlap and has no controller; all others measure both overlaps in ever
 does. Tokens are random: no text is needed.
 """
 
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,13 +17,13 @@ import numpy as np
 import optax
 from absl import flags
 
+from benchmarks import output
 from hgnn_moe_jax import cli, device
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.data.examples import Batch
 from hgnn_moe_jax.models import language_model
 from hgnn_moe_jax.training import optimizer as optimizers
 from hgnn_moe_jax.training.assembly import assemble_sized
-from hgnn_moe_jax.training.records import environment, write_json
 
 _ADAPTIVE = {
   "orthogonality.weight_strength": 0.0,
@@ -178,8 +177,7 @@ def main() -> None:
     print(table(result))
     if out.value:
       timing = {"rounds": rounds.value, "steps_per_timing": steps.value}
-      content = {"config": config.to_dict(), **timing, **environment(), "steps": result}
-      write_json(pathlib.Path(out.value), content)
+      output.write(out.value, {"config": config.to_dict(), **timing, "steps": result})
 
   cli.start(run)
 

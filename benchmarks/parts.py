@@ -9,7 +9,6 @@ of its root. Instructions that run side by side add up to more than the step.
 
 import collections
 import glob
-import pathlib
 import re
 import tempfile
 from typing import Any
@@ -18,10 +17,10 @@ import jax
 import numpy as np
 from absl import flags
 
+from benchmarks import output
 from benchmarks.train_step import COUPLERS, EVERYWHERE, SHAPES, dispatch_of
 from hgnn_moe_jax import cli
 from hgnn_moe_jax.config import Config, with_fields
-from hgnn_moe_jax.training.records import environment, write_json
 from hgnn_moe_jax.training.step import as_count
 
 # The first pattern that is found in an operation's name says which part it belongs to.
@@ -114,7 +113,7 @@ def main() -> None:
     print(table(result))
     if out.value:
       named = {"shape": shape.value, "coupler": coupler.value, "parts_milliseconds": result}
-      write_json(pathlib.Path(out.value), {**environment(), "measurements": [named]})
+      output.write(out.value, {"measurements": [named]})
 
   cli.start(run)
 

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from benchmarks import gpu_target
+from benchmarks import gpu_target, output
 from benchmarks.collectives import Collective, collectives
 from benchmarks.train_step import (
   COUPLERS,
@@ -36,7 +36,6 @@ from hgnn_moe_jax import cli, device, sharding
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.training.assembly import assemble_sized
-from hgnn_moe_jax.training.records import environment, write_json
 from hgnn_moe_jax.training.step import as_count
 
 _MOST_DEVICES = 256
@@ -229,7 +228,7 @@ def main() -> None:
           print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(table(results))
     if out.value:
-      write_json(pathlib.Path(out.value), {**environment(), "measurements": results})
+      output.write(out.value, {"measurements": results})
 
   cli.start(run)
 

@@ -20,7 +20,6 @@ backward pass multiplies twice as much. Recomputation and penalties are work, bu
 import dataclasses
 import itertools
 import math
-import pathlib
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ import numpy as np
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
+from benchmarks import output
 from benchmarks.flops import matmul_flops
 from hgnn_moe_jax import cli
 from hgnn_moe_jax.config import Config, with_fields
@@ -40,7 +40,6 @@ from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.models import language_model
 from hgnn_moe_jax.sweep import parse_grid
 from hgnn_moe_jax.training.assembly import assemble_sized
-from hgnn_moe_jax.training.records import environment, write_json
 from hgnn_moe_jax.training.step import Feed, as_count
 
 EVERYWHERE = {
@@ -366,7 +365,7 @@ def main() -> None:
             print(table(results[-1:]).splitlines()[-1], flush=True)
     print(table(results))
     if out.value:
-      write_json(pathlib.Path(out.value), {**environment(), "measurements": results})
+      output.write(out.value, {"measurements": results})
 
   cli.start(run)
 
