@@ -175,13 +175,19 @@ class Checkpointer:
       expected = restored["note"]["checksums"]
     except Exception as error:  # Whatever Orbax stumbles over in a damaged file.
       lines = str(error).strip().splitlines() or [type(error).__name__]
-      raise self._unreadable(step, lines[0][:200]) from error
-    if wrong := [name for name, crc in checksums(state, note).items() if expected.get(name) != crc]:
-      raise self._unreadable(step, f"wrong checksum of {wrong[0]}")
+      self._agree(step, lines[0][:200], error)
+      raise
+    self._agree(step, "")
+    wrong = [name for name, crc in checksums(state, note).items() if expected.get(name) != crc]
+    self._agree(step, f"wrong checksum of {wrong[0]}" if wrong else "")
     return state, note
 
-  def _unreadable(self, step: int, reason: str) -> UserError:
-    return UserError(f"checkpoint {self._folder / str(step)} cannot be read ({reason})")
+  def _agree(self, step: int, reason: str, cause: Exception | None = None) -> None:
+    """Raises UserError if any process has a reason: all of them go on with the same checkpoint."""
+    others = int(processes.sum_over_processes(np.uint32([bool(reason)]))[0])
+    if reason or others:
+      reason = reason or f"by {others} of the other processes"
+      raise UserError(f"checkpoint {self._folder / str(step)} cannot be read ({reason})") from cause
 
   def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest checkpoint that can be read, or None if there is none at all.

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from hgnn_moe_jax.errors import UserError
-from hgnn_moe_jax.training import checkpoint
+from hgnn_moe_jax.training import checkpoint, processes
 from hgnn_moe_jax.training.checkpoint import Checkpointer, _weighted_sum, checksums
 from hgnn_moe_jax.training.state import TrainState
 
@@ -270,6 +270,22 @@ def test_an_interrupted_save_is_ignored_and_cleaned_up(open_folder, tmp_path, as
   assert_same(checkpointer.restore_latest(make_state(0))[0], make_state(3))
   save_all(checkpointer, {6: None})
   assert sorted(f.name for f in folder.iterdir()) == ["3", "6"]
+
+
+def test_what_another_process_cannot_read_is_read_by_none(open_folder, monkeypatch):
+  """Else one would go on with an older checkpoint, and the others wait for it for ever."""
+  save_all(open_folder(), {3: 1.0})
+  reader = open_folder(None)
+  asked = []
+
+  def one_failed(values):
+    asked.append(values.copy())
+    return values + np.uint32(1) if values.shape == (1,) else values
+
+  monkeypatch.setattr(processes, "sum_over_processes", one_failed)
+  with pytest.raises(UserError, match=r"3 cannot be read \(by 1 of the other processes\)"):
+    reader.restore(make_state(0), 3)
+  assert [values.tolist() for values in asked] == [[0]]
 
 
 def test_reading_changes_nothing(open_folder, tmp_path):
