@@ -143,9 +143,10 @@ def test_figures_of_a_gpu_continue_and_tell_what_failed(tmp_path):
   # A run that was stopped, and what an earlier call kept.
   (folder / "cold").mkdir(parents=True)
   (folder / "cache_of_runs").mkdir()
-  (folder / "cache").mkdir()  # Somebody else's.
+  (folder / "cache").mkdir()
+  (folder / "cache" / "of somebody else").touch()
   done, started = start()
-  assert (folder / "cache").exists()
+  assert (folder / "cache" / "of somebody else").exists()
   assert done.returncode == 1 and done.stderr == "failed: data\n"
   assert f"data: failed, see {folder}/data.log\n" in done.stdout
   assert (folder / "data.log").read_text() == "error: no such thing\n"

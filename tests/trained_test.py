@@ -186,7 +186,7 @@ def test_no_export_into_a_run_or_a_file(run, tmp_path):
       trained.export(model, folder)
 
 
-def test_an_export_replaces_one_of_its_own_run_only(run, copy):
+def test_an_export_replaces_one_of_its_own_run_only(run, copy, monkeypatch):
   model, before = trained.load(run), _content(copy)
   other = model._replace(config=with_fields(model.config, {"seed": 7}))
   with pytest.raises(
@@ -203,6 +203,15 @@ def test_an_export_replaces_one_of_its_own_run_only(run, copy):
   (copy / "card.json").write_text("{")
   trained.export(model, copy)
   assert _content(copy) == before
+
+  def stop(*given):
+    raise KeyboardInterrupt
+
+  # Old weights with a new card, or the other way round, would pass for a model.
+  monkeypatch.setattr(trained, "write_json", stop)
+  with pytest.raises(KeyboardInterrupt):
+    trained.export(model, copy)
+  assert _content(copy).keys() == before.keys() - {"card.json"}
 
 
 def _content(folder):
