@@ -35,9 +35,9 @@ def write(path: str, content: dict[str, Any]) -> None:
 
 
 def _code() -> str | None:
-  """The commit, with a + behind it if files differ from it; None without git or its history."""
+  """The commit, with a + behind it if code differs from it; None without git or its history."""
   try:
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    changed = _git("status", "--porcelain", "--", "hgnn_moe_jax", "benchmarks/*.py", "configs")
     return _git("rev-parse", "--short", "HEAD").strip() + "+" * bool(changed)
   except (OSError, subprocess.CalledProcessError):
     return None

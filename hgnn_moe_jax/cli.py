@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,10 @@ from ml_collections import config_flags
 
 from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.data.cache import cache_root
-from hgnn_moe_jax.errors import UserError
+from hgnn_moe_jax.errors import ConfigError, UserError
 
 # What ml_collections says, before the traceback, of a config file that raises TypeError.
+_HELP = re.compile("--?help(short|full|xml)?(=.*)?")
 _CONFIG_TRACE = "Error whilst parsing config file:"
 
 
@@ -48,12 +50,25 @@ def validated(config: Any) -> Config:
     given = flags.FLAGS["config"].present and config_flags.get_config_filename(
       flags.FLAGS["config"]
     )
-    missing = given and not pathlib.Path(given).exists()
+    missing = given and not pathlib.Path(given.rpartition(":")[0] or given).exists()
     what = "no such file" if missing else "no Config there"
     raise UserError(f"--config={given or ''}: {what}; give a file such as configs/quickstart.py")
   config.validate()
+  if config.data.source == "sotu" and config.data.path:
+    raise ConfigError(
+      "data.path",
+      config.data.path,
+      "data.source=sotu has none, it is a package; use data.source=text for a file of your own",
+    )
   keep_compiled(config.data.cache_dir)
   return config
+
+
+def default_folder(name: str, suffix: str = "") -> pathlib.Path:
+  """runs/NAME, where --workdir is not given. Raises ConfigError if that would be elsewhere."""
+  if name in ("", ".", "..") or "/" in name:
+    raise ConfigError("name", name, "use a word without /, or give the run folder with --workdir")
+  return pathlib.Path("runs", name + suffix)
 
 
 def keep_compiled(cache_dir: str = "") -> None:
@@ -91,8 +106,10 @@ def _parse(argv: list[str]) -> list[str]:
   """absl's flags, and get_config() of the config file with the overrides."""
   try:
     return flags.FLAGS(argv)
-  except SystemExit:  # --help has been given: absl calls that a failure.
-    sys.exit(0)
+  except SystemExit:
+    if any(_HELP.fullmatch(word) for word in argv):
+      sys.exit(0)  # absl calls it a failure.
+    raise  # A config file's own.
   except flags.Error as error:  # These name their flag.
     flag, _, trace = str(error).partition(_CONFIG_TRACE)
     raise UserError(flag + trace.strip().rpartition("\n")[2]) from None

@@ -109,8 +109,6 @@ _OF_HYPERGRAPHS = ("hyperedges", "hypergraph_normalization", "hyperedge_attentio
 def check(config: "Config") -> None:
   """Raises ConfigError on the first field of this config that cannot work."""
   _require_types(config)
-  if config.name in ("", ".", "..") or "/" in config.name:
-    raise ConfigError("name", config.name, "use a word without /: the run folder is runs/NAME")
   if not 0 <= config.seed < 2**32:
     raise ConfigError("seed", config.seed, "use a value in [0, 2**32)")
   for field, choices in _CHOICES.items():
@@ -129,6 +127,21 @@ def check(config: "Config") -> None:
   _check_data(config)
   _check_training(config)
   _check_mesh(config)
+
+
+def idle(config: "Config") -> list[str]:
+  """A line for each field that is not as by default and does nothing in this config.
+
+  No errors: a sweep over couplers keeps their hyperedges, and old run folders can still be read.
+  """
+  m = config.model
+  if m.coupler not in COUPLERS or m.coupler == "hypergraph":  # One brought along may read them.
+    return []
+  return [
+    f"model.{field.name}={getattr(m, field.name)!r} does nothing: model.coupler={m.coupler}"
+    for field in dataclasses.fields(m)
+    if field.name in _OF_HYPERGRAPHS and getattr(m, field.name) != field.default
+  ]
 
 
 def _require_types(config: Any, prefix: str = "") -> None:
@@ -166,16 +179,6 @@ def _check_model(config: "Config") -> None:
     )
   if m.coupler == "hypergraph":
     m.hyperedge_list()
-  elif m.coupler in COUPLERS:  # One that is brought along may read them.
-    for field in dataclasses.fields(m):
-      value = getattr(m, field.name)
-      if field.name in _OF_HYPERGRAPHS and value != field.default:
-        raise ConfigError(
-          f"model.{field.name}",
-          value,
-          f"model.coupler={m.coupler} has no hyperedges; use model.coupler=hypergraph or "
-          f"{field.default}",
-        )
   if o.weight_form == "spectral" and o.subspace_rank >= m.embed_dim:
     raise ConfigError(
       "orthogonality.subspace_rank", o.subspace_rank, f"use less than embed_dim={m.embed_dim}"
@@ -231,12 +234,6 @@ def _check_data(config: "Config") -> None:
   if d.source != "sotu" and not d.path:
     what = "the data set's name" if d.source in ("hf", "tfds") else "a file or a folder"
     raise ConfigError("data.path", d.path, f"data.source={d.source} needs {what}")
-  if d.source == "sotu" and d.path:
-    raise ConfigError(
-      "data.path",
-      d.path,
-      "data.source=sotu has none, it is a package; use data.source=text for a file of your own",
-    )
   if config.evaluation.stride > config.model.max_length:
     raise ConfigError(
       "evaluation.stride",

@@ -16,6 +16,7 @@ def main() -> None:
   output = flags.DEFINE_string(
     "output", None, "Folder to write; exported/NAME of the run folder if not given."
   )
+  overwrite = flags.DEFINE_boolean("overwrite", False, "Replace an earlier export.")
   checkpoint = flags.DEFINE_enum("checkpoint", "best", ["best", "last"], "Which one to export.")
 
   def run(argv: list[str]) -> None:
@@ -25,7 +26,7 @@ def main() -> None:
 
     model = trained.load(argv[1], checkpoint.value)
     name = pathlib.Path(argv[1]).resolve().name
-    print(trained.export(model, output.value or pathlib.Path("exported", name)))
+    print(trained.export(model, output.value or pathlib.Path("exported", name), overwrite.value))
 
   cli.start(run)
 

@@ -72,10 +72,16 @@ def require_outside(folder: pathlib.Path, values: dict[str, str]) -> None:
   """
   folder = folder.resolve()
   for field, value in values.items():
+    if not isinstance(value, str) or not is_path(value):  # What is no text is told by `validate`.
+      continue
     relative = value.partition(":")[0].replace(".", "/")
-    places = [(pathlib.Path(entry) / relative).resolve() for entry in sys.path]
-    if is_path(value) and any(place.is_relative_to(folder) for place in places):
-      raise ConfigError(field, value, f"the module lies in {folder}; if you trust it, move it out")
+    for place in ((pathlib.Path(entry) / relative).resolve() for entry in sys.path):
+      if not (place.is_dir() or any(place.parent.glob(f"{place.name}.*"))):
+        continue
+      if place.is_relative_to(folder):
+        cure = f"the module lies in {folder}; if you trust it, move it out"
+        raise ConfigError(field, value, cure)
+      break  # Python takes the first.
 
 
 def resolve(field: str, value: str) -> Any:

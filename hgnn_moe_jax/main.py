@@ -78,7 +78,7 @@ def _train() -> None:
   if FLAGS.distributed:
     processes.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
   config = cli.validated(FLAGS.config)
-  workdir = pathlib.Path(FLAGS.workdir or pathlib.Path("runs", config.name))
+  workdir = pathlib.Path(FLAGS.workdir or cli.default_folder(config.name))
   summary = loop.train(config, workdir, FLAGS.quiet)
   if processes.is_first():
     print(report.summary(summary, workdir))

@@ -204,6 +204,18 @@ def finished(job: Job) -> bool:
   return True
 
 
+def _has_diverged(job: Job) -> bool:
+  """Whether the job's run has ended with a loss that is not finite, and would again."""
+  metrics = job.folder / "metrics.jsonl"
+  if not metrics.exists():
+    return False
+  *_, last = [b"", *metrics.read_bytes().splitlines()]
+  if b'"name": "non_finite"' not in last:
+    return False
+  run_folder.require_same(job.folder, job.config)
+  return True
+
+
 def main() -> None:
   """The command."""
   given_config = cli.define_config()
@@ -224,7 +236,7 @@ def main() -> None:
     names = [cell.name for cell in cells]
     if baseline.value is not None and baseline.value not in names:
       raise UserError(f"--baseline={baseline.value}: use one of {' '.join(names)}")
-    folder = pathlib.Path(workdir.value or f"runs/{config.name}-sweep")
+    folder = pathlib.Path(workdir.value or cli.default_folder(config.name, "-sweep"))
     jobs = make_jobs(config, cells, seeds.value, folder, _config_flags())
     if slurm.value:
       _write(pathlib.Path(slurm.value), slurm_script([job.words for job in jobs], config.name))
@@ -243,7 +255,11 @@ def main() -> None:
       print("diverged, and left out:", *diverged, file=sys.stderr)
     if any(ended):
       left = [job for job, well in zip(jobs, ended, strict=True) if well]
-      _compare(left, folder, baseline.value or left[0].cell.name)
+      remaining = {job.cell.name for job in left}
+      first = next(name for name in [baseline.value, *names] if name in remaining)
+      if baseline.value not in (None, first):
+        print(f"--baseline={baseline.value} has diverged: compared with {first}", file=sys.stderr)
+      _compare(left, folder, first)
     if not all(ended):
       sys.exit(NonFiniteError.exit_status)
 
@@ -255,6 +271,9 @@ def _run_one(number: str, job: Job, ended: bool, stop: threading.Event) -> bool:
   if ended:
     print(f"{number} {job.folder}: finished before", flush=True)
     return True
+  if _has_diverged(job):
+    print(f"{number} {job.folder}: diverged before", flush=True)
+    return False
   print(f"{number} {job.folder}", flush=True)
   status = _run_process([sys.executable, *job.words], stop)
   if status == NonFiniteError.exit_status:

@@ -7,6 +7,7 @@ define, tokenizer.json. It can be read on any machine, without the text of the t
 
 import json
 import pathlib
+import tempfile
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ import safetensors
 import safetensors.numpy
 
 from hgnn_moe_jax import extensions
-from hgnn_moe_jax.config import Config, difference, with_fields
+from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.data.corpus import load_corpus
 from hgnn_moe_jax.data.tokenizers import Tokenizer, stored_tokenizer
 from hgnn_moe_jax.errors import ConfigError, UserError
@@ -25,7 +26,7 @@ from hgnn_moe_jax.training import run_folder
 from hgnn_moe_jax.training.assembly import assemble_sized, build_model
 from hgnn_moe_jax.training.checkpoint import Checkpointer
 from hgnn_moe_jax.training.optimizer import averaged_params
-from hgnn_moe_jax.training.records import environment, run_folder_errors, write_json
+from hgnn_moe_jax.training.records import environment, write_json
 
 WEIGHTS, CARD = "model.safetensors", run_folder.CARD
 _FORMAT = 1
@@ -65,38 +66,32 @@ def load(folder: str | pathlib.Path, checkpoint: str = "best") -> Trained:
   return _load_run(folder, checkpoint)
 
 
-def export(trained: Trained, folder: str | pathlib.Path) -> pathlib.Path:
+def export(trained: Trained, folder: str | pathlib.Path, overwrite: bool = False) -> pathlib.Path:
   """Writes an exported folder; returns the path of its card. `load` gives the same model back.
 
-  What an earlier export of the same run has left there is replaced.
+  Args:
+    trained: of `load`.
+    folder: made if it is not there.
+    overwrite: an exported model that lies there is replaced; until all is written it stays.
 
   Raises:
-    UserError: the folder cannot be written, holds another exported model, or is a run folder, which
-      `load` would then take for an exported one.
+    UserError: the folder cannot be written, holds an exported model already, or is a run folder,
+      which `load` would then take for an exported one.
   """
   folder = pathlib.Path(folder)
   if folder.is_file() or (folder / "config.json").exists():
     raise UserError(f"--output={folder}: is a file or a run folder; choose a folder of its own")
-  if changes := _differences(folder, trained):
+  if (folder / CARD).exists() and not overwrite:
     raise UserError(
-      f"--output={folder}: holds another model ({'; '.join(changes)}); choose another folder"
+      f"--output={folder}: there is a {CARD} already; choose another folder, or give --overwrite"
     )
   arrays = {name: np.asarray(leaf) for name, leaf in _named(trained.params).items()}
-  with run_folder_errors(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CARD).unlink(missing_ok=True)  # Until all is there it is no exported folder.
-    safetensors.numpy.save_file(arrays, folder / WEIGHTS, {"format": "hgnn_moe_jax"})
-    if trained.tokenizer.definition is not None:
-      (folder / run_folder.TOKENIZER).write_text(trained.tokenizer.definition, encoding="utf-8")
-  # Where the author's files lie is nobody's business, and means nothing elsewhere.
-  data, private = trained.config.data, {"data.cache_dir": ""}
-  if data.source in ("text", "json", "parquet"):
-    private["data.path"] = pathlib.Path(data.path).name
+  private = _private(trained.config)
   card = {
     "format": _FORMAT,
-    "config": with_fields(trained.config, private).to_dict(),
+    "config": private.to_dict(),
     "tokenizer": {
-      "name": trained.config.data.tokenizer,
+      "name": private.data.tokenizer,
       "vocab_size": trained.tokenizer.vocab_size,
       "fingerprint": trained.tokenizer.fingerprint,
     },
@@ -105,20 +100,36 @@ def export(trained: Trained, folder: str | pathlib.Path) -> pathlib.Path:
     "result": trained.result,
     "versions": environment()["versions"],
   }
-  write_json(folder / CARD, card)  # Last: the folder is complete.
+  definition = trained.tokenizer.definition
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=folder) as name:
+      made = pathlib.Path(name)
+      safetensors.numpy.save_file(arrays, made / WEIGHTS, {"format": "hgnn_moe_jax"})
+      if definition is not None:
+        (made / run_folder.TOKENIZER).write_text(definition, encoding="utf-8")
+      write_json(made / CARD, card)
+      # Weights of one export with the card of another would pass for a model.
+      (folder / CARD).unlink(missing_ok=True)
+      for file in sorted(made.iterdir(), key=lambda file: file.name == CARD):
+        file.replace(folder / file.name)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise UserError(
+      f"--output={folder}: cannot be written ({error}); choose another folder, or free space"
+    ) from error
   return folder / CARD
 
 
-def _differences(folder: pathlib.Path, trained: Trained) -> list[str]:
-  """How the run of the model that lies there differs; empty as well if nothing readable does."""
-  try:
-    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    changes = difference(Config.from_dict(card["config"]), trained.config)
-    if card["tokenizer"]["fingerprint"] != trained.tokenizer.fingerprint:
-      changes.append("another tokenizer")
-    return changes
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
-    return []
+def _private(config: Config) -> Config:
+  """Without where the author's files lie, which is nobody's business and says nothing elsewhere."""
+  data, changes = config.data, {"data.cache_dir": ""}
+  last = lambda path: pathlib.Path(path).expanduser().resolve().name or "text"  # noqa: E731
+  is_file = data.source in ("text", "json", "parquet")
+  if is_file or (data.path and pathlib.Path(data.path).expanduser().exists()):
+    changes["data.path"] = last(data.path)
+  if data.tokenizer.endswith(".json"):
+    changes["data.tokenizer"] = last(data.tokenizer)
+  return with_fields(config, changes)
 
 
 def _load_run(folder: pathlib.Path, checkpoint: str) -> Trained:

@@ -63,12 +63,18 @@ headline() {  # headline NAME: the original's protocol, whole; NAME.log ends wit
     rm -rf "${folder:?}/$1"
     if [ "$1" = cold ]; then rm -rf "${cache:?}"; fi
   fi
+  if [ "${DRY_RUN:-0}" != 1 ] && [ ! -e "$folder/$1/summary.json" ] && [ ! -d "$cache" ] &&
+    [ "$1" != cold ]; then
+    echo "$1: failed, $cache is gone; remove $folder/cold to begin anew"
+    failed+=("$1")
+    return
+  fi
   if [ -n "$wikitext" ]; then
     text=(--config.data.source=text --config.data.path="$wikitext")
   fi
   attempt "$1" "$folder/$1/summary.json" "$python" -m hgnn_moe_jax.main --quiet \
     --config=configs/original.py --config.seed=42 --config.data.cache_dir="$cache" \
-    --workdir="$folder/$1" "${text[@]}"
+    --workdir="$folder/$1" ${text[@]+"${text[@]}"}
 }
 
 # What XLA puts into the CUDA graphs of these programs by default, and loops besides.

@@ -18,7 +18,7 @@
 #SBATCH --open-mode=append
 set -uo pipefail
 # All stop after the same step, but do not end at the same moment: killed by the first one's status
-# the others would hide the 75. What is left 90 seconds after it hangs.
+# the others would hide the 75. What is left 90 seconds after it counts as hanging, and is killed.
 command=(srun --kill-on-bad-exit=0 --wait=90 python -m hgnn_moe_jax.main --distributed "$@")
 if [ "${DRY_RUN:-0}" = 1 ]; then
   printf '%q ' "${command[@]}"

@@ -188,10 +188,15 @@ def test_reading_a_folder_runs_none_of_its_code(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   inside, beside = "exported.nice.own:Ring", "own:Ring"
   named = {"adaptive.controller": "constant", "model.coupler": inside}
+  extensions.require_outside(folder, named)  # Nothing is there.
+  (folder / "own.py").touch()
   with pytest.raises(ConfigError, match=f"coupler='{inside}': the module lies in {folder}; if you"):
     extensions.require_outside(folder, named)
   extensions.require_outside(folder, {"model.coupler": beside})
+  (tmp_path / "own.py").touch()
+  extensions.require_outside(folder, {"model.coupler": beside})
   monkeypatch.syspath_prepend(folder)
+  extensions.require_outside(folder, {"model.coupler": "chex:dataclass"})
   with pytest.raises(ConfigError, match="the module lies in"):
     extensions.require_outside(folder, {"model.coupler": beside})
 

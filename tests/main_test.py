@@ -81,6 +81,12 @@ def test_hyperedge_of_a_missing_expert(refused):
 
 
 ARGUMENTS = [
+  ((QUICKSTART, "--config.name=../out"), r"config\.name='\.\./out': use a word without /, or give"),
+  ((QUICKSTART, "--config.name="), r"config\.name='': use a word without /"),
+  (
+    (QUICKSTART, "--config.data.path=a.txt"),
+    r"config\.data\.path='a\.txt': data\.source=sotu has none, .*; use data\.source=text",
+  ),
   ((), r"--config=: no Config there; give a file such as configs/quickstart\.py"),
   (("--config=missing.py",), r"--config=missing\.py: no such file; give a file"),
   (
@@ -134,6 +140,14 @@ def test_help_lists_every_flag_and_is_no_failure():
   reads = {name for names in main._READS.values() for name in names}
   for name in ("mode", "workdir", *reads):
     assert re.search(rf"^  --(\[no\])?{name}:", done.stdout, re.MULTILINE), name
+
+
+def test_a_config_that_ends_the_program_is_no_success(cli, tmp_path):
+  path = tmp_path / "ends.py"
+  path.write_text("import sys\n\n\ndef get_config():\n  sys.exit('no data: run prepare.py')\n")
+  assert cli(f"--config={path}").status == "no data: run prepare.py"  # Python prints it: status 1.
+  missing = cli(f"--config={QUICKSTART.partition('=')[2]}:argument")
+  assert "no such file" not in missing.err
 
 
 FILES = {
@@ -282,7 +296,9 @@ def test_run_folders_that_cannot_be_evaluated(refused, claimed, tmp_path, shared
   assert "config.json is damaged" in evaluate(claimed)
 
 
-def test_a_run_from_start_to_text(cli, tiny_config, config_file, tmp_path, shared_programs):
+def test_a_run_from_start_to_text(
+  cli, tiny_config, config_file, tmp_path, shared_programs, monkeypatch
+):
   """Train, run again, evaluate, generate; and settings given on the command line arrive."""
   workdir = tmp_path / "run"
   arguments = (
@@ -300,6 +316,9 @@ def test_a_run_from_start_to_text(cli, tiny_config, config_file, tmp_path, share
   trained = [r["step"] for r in map(json.loads, lines) if r["kind"] == "train"]
   assert trained == [5, 10, 12]
 
+  # Where a folder that is only read says that programs are kept is not where they are looked for.
+  told = []
+  monkeypatch.setattr(main.cli, "keep_compiled", lambda *given: told.append(given))
   again = cli(*arguments, "--quiet")
   assert (again.status, again.err) == (0, "")
   assert again.out.split("best ")[1] == first.out.split("best ")[1]
@@ -323,3 +342,5 @@ def test_a_run_from_start_to_text(cli, tiny_config, config_file, tmp_path, share
   assert [start[:7] for start in starts] == ["the", "carries", "message"]
   long = cli(*write, f"--prompt={'x' * 20}")
   assert long.err == "prompt 2 has 20 tokens, the context holds 16: its end is read\n"
+  train, *others = told
+  assert train == (tiny_config().data.cache_dir,) and set(others) == {()}

@@ -186,6 +186,35 @@ def test_what_diverges_is_a_result(run_sweep, tmp_path, monkeypatch):
   assert compared == [(["output_strength=0.2-0"], folder, "output_strength=0.2")]
 
 
+def test_a_diverged_run_is_not_trained_again_and_its_combination_stays_the_baseline(
+  run_sweep, tmp_path, monkeypatch, tiny_config
+):
+  """Of two seeds one has diverged; the other one is the first combination's."""
+  monkeypatch.setattr(sweep, "_run_process", lambda words, stop: pytest.fail("trained again"))
+  monkeypatch.setattr(sweep, "_compare", lambda *given: compared.append(given))
+  monkeypatch.setattr(sweep.run_folder, "require_same", lambda *given: None)
+  compared, folder = [], tmp_path / "sweep"
+  for name in ("0.0-0", "0.2-0", "0.0-1", "0.2-1"):
+    run = folder / f"output_strength={name}"
+    run.mkdir(parents=True)
+    if name == "0.0-0":
+      (run / "metrics.jsonl").write_text('{"kind": "event", "step": 3, "name": "non_finite"}\n')
+    else:
+      (run / "summary.json").write_text("{}")
+  done = run_sweep("--seeds=2")
+  assert done.status == 3 and f"{folder}/output_strength=0.0-0: diverged before" in done.out
+  ((jobs, _, baseline),) = compared
+  assert len(jobs) == 3 and baseline == "output_strength=0.0"
+  (folder / "output_strength=0.0-1" / "summary.json").unlink()
+  last = '{"kind": "event", "step": 3, "name": "non_finite"}\n'
+  (folder / "output_strength=0.0-1" / "metrics.jsonl").write_text(last)
+  done = run_sweep("--seeds=2", "--baseline=output_strength=0.0")
+  assert compared[1][2] == "output_strength=0.2"
+  assert (
+    "--baseline=output_strength=0.0 has diverged: compared with output_strength=0.2" in done.err
+  )
+
+
 def test_overrides_arrive_however_they_are_written(run_sweep, tmp_path):
   """One dash, a switch without value, one that is switched off, a value in a word of its own."""
   seen = run_sweep(

@@ -11,11 +11,12 @@ import pytest
 import safetensors.numpy
 
 from hgnn_moe_jax import export, main, trained
+from hgnn_moe_jax.analysis import experts
+from hgnn_moe_jax.analysis.runs import read_run
 from hgnn_moe_jax.config import with_fields
 from hgnn_moe_jax.data.corpus import load_corpus
-from hgnn_moe_jax.data.tokenizers import ByteTokenizer
 from hgnn_moe_jax.errors import UserError
-from hgnn_moe_jax.training import loop
+from hgnn_moe_jax.training import evaluate, loop
 from hgnn_moe_jax.training.checkpoint import Checkpointer
 from hgnn_moe_jax.training.optimizer import averaged_params
 
@@ -72,7 +73,8 @@ def test_a_round_trip_changes_no_bit(run, exported):
   logits = lambda t: np.asarray(jax.jit(t.model.logits)(t.params, inputs_BT))  # noqa: E731
   assert _same(before.params, after.params)
   np.testing.assert_array_equal(logits(before), logits(after))
-  assert after.config == with_fields(before.config, _private(before.config))
+  name = pathlib.Path(before.config.data.path).name
+  assert after.config == with_fields(before.config, {"data.path": name, "data.cache_dir": ""})
   assert (after.step, after.result) == (before.step, before.result)
   text = "the experts of one layer"
   ids = before.tokenizer.encode([text])[0]
@@ -80,15 +82,26 @@ def test_a_round_trip_changes_no_bit(run, exported):
   assert after.tokenizer.decode(ids) == text
 
 
-def _private(config):
-  return {"data.path": pathlib.Path(config.data.path).name, "data.cache_dir": ""}
-
-
 def test_an_export_does_not_say_where_its_author_keeps_things(run, exported):
   config = trained.load(run).config
   for place in (config.data.path, config.data.cache_dir):
     assert pathlib.Path(place).is_absolute()
     assert str(pathlib.Path(place).parent) not in (exported / "card.json").read_text()
+
+
+@pytest.mark.parametrize(
+  ("fields", "written"),
+  [
+    ({"data.path": "/home/a/b.txt", "data.tokenizer": "/home/a/t.json"}, ("b.txt", "t.json")),
+    ({"data.path": ".", "data.tokenizer": "bpe"}, (pathlib.Path.cwd().name, "bpe")),
+    ({"data.path": "/", "data.tokenizer": "bytes"}, ("text", "bytes")),
+    ({"data.source": "hf", "data.path": "Salesforce/wikitext"}, ("Salesforce/wikitext", "bpe")),
+    ({"data.source": "hf", "data.path": "/usr/bin"}, ("bin", "bpe")),
+  ],
+)
+def test_an_exported_config_is_valid_without_its_paths(run, fields, written):
+  config = trained._private(with_fields(trained.load(run).config, fields)).validate()
+  assert (config.data.path, config.data.tokenizer) == written
 
 
 @pytest.mark.parametrize("where", ["run", "exported"])
@@ -100,8 +113,19 @@ def test_neither_brings_code_along(where, run, exported, tmp_path, monkeypatch):
   (folder / name).write_text(json.dumps(content))
   (folder / "evil.py").write_text("raise AssertionError('it was run')\n")
   monkeypatch.syspath_prepend(tmp_path)
-  with pytest.raises(UserError, match=r"the module lies in .*theirs"):
-    trained.load(folder)
+  readers = [trained.load]
+  if where == "run":
+    readers += [
+      lambda f: evaluate.evaluate_run(f, "test", "best"),
+      lambda f: experts.load_experts(read_run(f)),
+    ]
+  for read in readers:
+    with pytest.raises(UserError, match=r"the module lies in .*theirs"):
+      read(folder)
+  content["config"]["model"]["coupler"] = None
+  (folder / name).write_text(json.dumps(content))
+  with pytest.raises(UserError, match="coupler=None: use a value of type str"):
+    readers[-1](folder)
 
 
 def test_the_card_and_the_names(exported):
@@ -186,32 +210,34 @@ def test_no_export_into_a_run_or_a_file(run, tmp_path):
       trained.export(model, folder)
 
 
-def test_an_export_replaces_one_of_its_own_run_only(run, copy, monkeypatch):
+def test_an_export_replaces_another_only_if_asked(run, copy, monkeypatch):
   model, before = trained.load(run), _content(copy)
-  other = model._replace(config=with_fields(model.config, {"seed": 7}))
-  with pytest.raises(
-    UserError, match=r"copy: holds another model \(seed: 42 -> 7\); choose another"
-  ):
-    trained.export(other, copy)
-  reader = model._replace(tokenizer=ByteTokenizer())
-  with pytest.raises(UserError, match=r"holds another model \(another tokenizer\)"):
-    trained.export(reader, copy)
+  (copy / "model.safetensors").write_bytes(b"no")
+  with pytest.raises(UserError, match=r"copy: there is a card.json already; choose .* --overwrite"):
+    trained.export(model, copy)
+  trained.export(model, copy, overwrite=True)  # What a damaged export is told to do.
   assert _content(copy) == before
-  (copy / "tokenizer.json").unlink()
-  trained.export(model, copy)  # What a damaged export is told to do.
-  assert _content(copy) == before
-  (copy / "card.json").write_text("{")
-  trained.export(model, copy)
-  assert _content(copy) == before
+  trained.export(trained.load(copy), copy, overwrite=True)  # Onto itself.
+  assert _content(copy).keys() == before.keys()
 
-  def stop(*given):
+  def full(*given):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(UserError, match=r"copy: cannot be written \(.*No space left .*free space"):
+      trained.export(model, copy, overwrite=True)
+  assert trained.load(copy).step == model.step  # The old one is still there.
+  assert _content(copy).keys() == before.keys()
+
+  def stop(self, target):
     raise KeyboardInterrupt
 
   # Old weights with a new card, or the other way round, would pass for a model.
-  monkeypatch.setattr(trained, "write_json", stop)
+  monkeypatch.setattr(pathlib.Path, "replace", stop)
   with pytest.raises(KeyboardInterrupt):
-    trained.export(model, copy)
-  assert _content(copy).keys() == before.keys() - {"card.json"}
+    trained.export(model, copy, overwrite=True)
+  assert not (copy / "card.json").exists()
 
 
 def _content(folder):
@@ -224,9 +250,10 @@ def test_the_command_names_the_folder_after_the_run(run, command, tmp_path, monk
   done = command(export.main, run)
   assert done == (0, "exported/tiny/card.json\n", "")
   (tmp_path / "second").symlink_to(run)
-  assert command(export.main, "second").out == done.out  # It is the same one.
+  refused = command(export.main, "second")  # It is the same one.
+  assert refused.status == 2 and "exported/tiny: there is a card.json already" in refused.err
+  assert command(export.main, "second", "--overwrite").out == done.out
   before = _content(tmp_path / "exported" / "tiny")
   refused = command(main.main, "--config=" + str(QUICKSTART), "--workdir=exported/tiny")
   assert refused.status == 2 and "holds an exported model (card.json); choose" in refused.err
-  after = _content(tmp_path / "exported" / "tiny")
-  assert after.pop(".lock") == b"" and after == before
+  assert _content(tmp_path / "exported" / "tiny") == before

@@ -141,8 +141,8 @@ def write(groups: Groups, output: pathlib.Path, baseline: str | None = None) -> 
 
 def _named(word: str) -> tuple[str, RunData]:
   """A run and its config's name, or of NAME=FOLDER that name."""
-  name, equals, folder = word.partition("=")
-  if equals and not pathlib.Path(word).exists():
+  name, _, folder = word.partition("=")
+  if folder and not pathlib.Path(word).exists() and pathlib.Path(folder).exists():
     return name, read_run(pathlib.Path(folder))
   run = read_run(pathlib.Path(word))
   return run.config.name, run

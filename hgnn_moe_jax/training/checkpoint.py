@@ -184,7 +184,7 @@ class Checkpointer:
 
   def _agree(self, step: int, reason: str, cause: Exception | None = None) -> None:
     """Raises UserError if any process has a reason: all of them go on with the same checkpoint."""
-    others = int(processes.sum_over_processes(np.uint32([bool(reason)]))[0])
+    others = int(processes.sum_over_processes(np.asarray([bool(reason)], np.uint32))[0])
     if reason or others:
       reason = reason or f"by {others} of the other processes"
       raise UserError(f"checkpoint {self._folder / str(step)} cannot be read ({reason})") from cause

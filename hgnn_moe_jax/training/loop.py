@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
-from hgnn_moe_jax import sharding
+from hgnn_moe_jax import config_rules, sharding
 from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.data.corpus import Corpus, load_corpus, unigram_perplexity
 from hgnn_moe_jax.errors import NonFiniteError, Preempted
@@ -85,6 +85,8 @@ def train(config: Config, workdir: pathlib.Path, quiet: bool = False) -> dict[st
   quiet = quiet or not first
   with run_folder.locked(workdir) if first else nullcontext():
     announce(f"{config.name}: reading {config.data.source} {config.data.path}".rstrip(), quiet)
+    for line in config_rules.idle(config):
+      announce(line, quiet)
     corpus = load_corpus(config)
     assembly = assemble(config, corpus, mesh)
     if first:

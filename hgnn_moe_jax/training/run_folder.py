@@ -17,7 +17,13 @@ CARD = "card.json"  # Of an exported model, see `trained`: no run folder.
 
 @contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-  """Creates the folder and holds it; raises UserError if another process trains there."""
+  """Creates the folder and holds it.
+
+  Raises:
+    UserError: another process trains there, or it holds an exported model.
+  """
+  if (workdir / CARD).exists() and not (workdir / "config.json").exists():
+    raise UserError(f"--workdir={workdir}: holds an exported model ({CARD}); choose another folder")
   with run_folder_errors(workdir):
     try:
       workdir.mkdir(parents=True, exist_ok=True)
@@ -66,14 +72,9 @@ def claim(
     tokenizer_definition: content of tokenizer.json, which makes the run readable without its text.
 
   Raises:
-    UserError: the folder belongs to a run that differs in meaning, with the fields that differ, or
-      to an exported model.
+    UserError: the folder belongs to a run that differs in meaning, with the fields that differ.
   """
   if not (workdir / "config.json").exists():
-    if (workdir / CARD).exists():
-      raise UserError(
-        f"--workdir={workdir}: holds an exported model ({CARD}); choose another folder"
-      )
     if (workdir / "checkpoints").exists():
       raise UserError(
         f"--workdir={workdir}: has checkpoints but no config.json, so it cannot be continued; "

@@ -45,10 +45,15 @@ def test_the_code_is_a_commit_or_one_that_was_changed(written, monkeypatch, tmp_
   monkeypatch.setattr(output, "_ROOT", tmp_path)
   assert written("x.py")["code"] is None
   git("init")
-  (tmp_path / "file").write_text("a")
-  git("add", "file")
+  code, result = tmp_path / "benchmarks" / "a.py", tmp_path / "benchmarks" / "results" / "a.json"
+  result.parent.mkdir(parents=True)
+  for file in (code, result):
+    file.write_text("1")
+  git("add", ".")
   git("commit", "-m", "a")
-  code = written("x.py")["code"]
-  assert len(code) >= 7 and not code.endswith("+")
-  (tmp_path / "file").write_text("b")
-  assert written("x.py")["code"] == f"{code}+"
+  commit = written("x.py")["code"]
+  assert len(commit) >= 7 and not commit.endswith("+")
+  result.write_text("2")
+  assert written("x.py")["code"] == commit
+  code.write_text("2")
+  assert written("x.py")["code"] == f"{commit}+"
