@@ -250,20 +250,23 @@ def main() -> None:
     with stop_requests() as stop:
       numbered = enumerate(zip(jobs, done, strict=True), 1)
       ended = [_run_one(f"{n}/{len(jobs)}", job, before, stop) for n, (job, before) in numbered]
-    if not all(ended):
-      diverged = [str(job.folder) for job, well in zip(jobs, ended, strict=True) if not well]
+    left = [job for job, well in zip(jobs, ended, strict=True) if well]
+    if diverged := [str(job.folder) for job in jobs if job not in left]:
       print("diverged, and left out:", *diverged, file=sys.stderr)
-    if any(ended):
-      left = [job for job, well in zip(jobs, ended, strict=True) if well]
-      remaining = {job.cell.name for job in left}
-      first = next(name for name in [baseline.value, *names] if name in remaining)
-      if baseline.value not in (None, first):
-        print(f"--baseline={baseline.value} has diverged: compared with {first}", file=sys.stderr)
-      _compare(left, folder, first)
-    if not all(ended):
+    if left:
+      _compare(left, folder, _baseline(baseline.value, names, {job.cell.name for job in left}))
+    if diverged:
       sys.exit(NonFiniteError.exit_status)
 
   cli.start(run)
+
+
+def _baseline(wanted: str | None, names: Sequence[str], left: set[str]) -> str:
+  """The wanted combination, else the first, of those that are left."""
+  found = next(name for name in [wanted, *names] if name in left)
+  if wanted not in (None, found):
+    print(f"--baseline={wanted} has diverged: compared with {found}", file=sys.stderr)
+  return found
 
 
 def _run_one(number: str, job: Job, ended: bool, stop: threading.Event) -> bool:
