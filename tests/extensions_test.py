@@ -199,6 +199,8 @@ def test_reading_a_folder_runs_none_of_its_code(tmp_path, monkeypatch):
   extensions.require_outside(folder, {"model.coupler": "chex:dataclass"})
   with pytest.raises(ConfigError, match="the module lies in"):
     extensions.require_outside(folder, {"model.coupler": beside})
+  monkeypatch.syspath_prepend(tmp_path)  # Python takes the first that it finds.
+  extensions.require_outside(folder, {"model.coupler": beside})
 
 
 def test_a_mistake_inside_the_module_is_told_as_it_is(tmp_path, monkeypatch):
