@@ -15,8 +15,8 @@ from hgnn_moe_jax.config import Config
 from hgnn_moe_jax.data.cache import cache_root
 from hgnn_moe_jax.errors import ConfigError, UserError
 
-# What ml_collections says, before the traceback, of a config file that raises TypeError.
 _HELP = re.compile("--?help(short|full|xml)?(=.*)?")
+# What ml_collections says, before the traceback, of a config file that raises TypeError.
 _CONFIG_TRACE = "Error whilst parsing config file:"
 
 

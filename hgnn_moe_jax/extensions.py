@@ -61,17 +61,17 @@ def load(field: str, path: str) -> Callable[..., Any]:
   return found
 
 
-def require_outside(folder: pathlib.Path, values: dict[str, str]) -> None:
+def require_outside(folder: pathlib.Path, config: "Config") -> None:
   """Raises ConfigError if a module that a folder's config names lies in that folder.
 
   A run or an exported model may come from somebody else, and reading it must not run its code.
 
   Args:
     folder: that is read.
-    values: of FIELDS.
+    config: found there, not validated: that would import the module.
   """
   folder = folder.resolve()
-  for field, value in values.items():
+  for field, value in fields(config).items():
     if not isinstance(value, str) or not is_path(value):  # What is no text is told by `validate`.
       continue
     relative = value.partition(":")[0].replace(".", "/")

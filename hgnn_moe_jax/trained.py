@@ -134,7 +134,7 @@ def _private(config: Config) -> Config:
 
 def _load_run(folder: pathlib.Path, checkpoint: str) -> Trained:
   config, content = run_folder.read_config(folder)
-  extensions.require_outside(folder, extensions.fields(config))
+  extensions.require_outside(folder, config)
   if not (folder / "checkpoints").is_dir():  # Orbax would make it.
     raise UserError(f"{folder}: no checkpoints there; copy them, too, or let the run go on")
   tokenizer = _run_tokenizer(folder, config)
@@ -168,7 +168,7 @@ def _load_exported(folder: pathlib.Path) -> Trained:
     if card["format"] != _FORMAT:
       raise UserError(f"{folder / CARD}: format {card['format']}; this version reads {_FORMAT}")
     config = Config.from_dict(card["config"])
-    extensions.require_outside(folder, extensions.fields(config))
+    extensions.require_outside(folder, config)
     config.validate()
     named, step, result = card["tokenizer"], int(card["step"]), card["result"]
     vocab_size, fingerprint = int(named["vocab_size"]), named["fingerprint"]

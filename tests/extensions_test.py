@@ -187,20 +187,20 @@ def test_reading_a_folder_runs_none_of_its_code(tmp_path, monkeypatch):
   folder.mkdir(parents=True)
   monkeypatch.syspath_prepend(tmp_path)
   inside, beside = "exported.nice.own:Ring", "own:Ring"
-  named = {"adaptive.controller": "constant", "model.coupler": inside}
+  named, other = (with_fields(Config(), {"model.coupler": path}) for path in (inside, beside))
   extensions.require_outside(folder, named)  # Nothing is there.
   (folder / "own.py").touch()
   with pytest.raises(ConfigError, match=f"coupler='{inside}': the module lies in {folder}; if you"):
     extensions.require_outside(folder, named)
-  extensions.require_outside(folder, {"model.coupler": beside})
+  extensions.require_outside(folder, other)
   (tmp_path / "own.py").touch()
-  extensions.require_outside(folder, {"model.coupler": beside})
+  extensions.require_outside(folder, other)
   monkeypatch.syspath_prepend(folder)
-  extensions.require_outside(folder, {"model.coupler": "chex:dataclass"})
+  extensions.require_outside(folder, with_fields(Config(), {"model.coupler": "chex:dataclass"}))
   with pytest.raises(ConfigError, match="the module lies in"):
-    extensions.require_outside(folder, {"model.coupler": beside})
+    extensions.require_outside(folder, other)
   monkeypatch.syspath_prepend(tmp_path)  # Python takes the first that it finds.
-  extensions.require_outside(folder, {"model.coupler": beside})
+  extensions.require_outside(folder, other)
 
 
 def test_a_mistake_inside_the_module_is_told_as_it_is(tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def load_experts(run: RunData) -> Experts:
       f"{run.folder}: the model may be one that this version does not know ("
       f"{', '.join(run.unknown)}); look at it with the version that trained it"
     )
-  extensions.require_outside(run.folder, extensions.fields(config))
+  extensions.require_outside(run.folder, config)
   config.validate()
   corpus = load_corpus(config)
   if corpus.fingerprint != run.data.get("fingerprint"):

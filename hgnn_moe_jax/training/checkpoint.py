@@ -176,7 +176,7 @@ class Checkpointer:
     except Exception as error:  # Whatever Orbax stumbles over in a damaged file.
       lines = str(error).strip().splitlines() or [type(error).__name__]
       self._agree(step, lines[0][:200], error)
-      raise
+      raise  # Not reached: with a reason it has raised.
     self._agree(step, "")
     wrong = [name for name, crc in checksums(state, note).items() if expected.get(name) != crc]
     self._agree(step, f"wrong checksum of {wrong[0]}" if wrong else "")

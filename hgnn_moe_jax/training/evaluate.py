@@ -31,7 +31,7 @@ def evaluate_run(
     UserError: no run, no readable checkpoint, or other data than the run was trained on.
   """
   config, content = run_folder.read_config(workdir)
-  extensions.require_outside(workdir, extensions.fields(config))
+  extensions.require_outside(workdir, config)
   if stride is not None:
     config.evaluation.stride = stride
   config.validate()
