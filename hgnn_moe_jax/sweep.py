@@ -196,24 +196,25 @@ def _config_flags() -> list[str]:
   ]
 
 
-def finished(job: Job) -> bool:
-  """Whether the job's run has ended. Raises UserError if its folder belongs to another run."""
-  if not (job.folder / "summary.json").exists():
-    return False
+def ended(job: Job) -> str | None:
+  """How the job's run has ended: "finished", "diverged" (as it would again), or None: it has not.
+
+  Raises:
+    UserError: it has, and was another run than this one.
+  """
+  if (job.folder / "summary.json").exists():
+    how = "finished"
+  elif b'"name": "non_finite"' in _last_line(job.folder / "metrics.jsonl"):
+    how = "diverged"
+  else:
+    return None
   run_folder.require_same(job.folder, job.config)
-  return True
+  return how
 
 
-def _has_diverged(job: Job) -> bool:
-  """Whether the job's run has ended with a loss that is not finite, and would again."""
-  metrics = job.folder / "metrics.jsonl"
-  if not metrics.exists():
-    return False
-  *_, last = [b"", *metrics.read_bytes().splitlines()]
-  if b'"name": "non_finite"' not in last:
-    return False
-  run_folder.require_same(job.folder, job.config)
-  return True
+def _last_line(path: pathlib.Path) -> bytes:
+  *_, last = [b"", *path.read_bytes().splitlines()] if path.exists() else [b""]
+  return last
 
 
 def main() -> None:
@@ -242,15 +243,15 @@ def main() -> None:
       _write(pathlib.Path(slurm.value), slurm_script([job.words for job in jobs], config.name))
       print(f"sbatch {slurm.value}   # {len(jobs)} runs; then the same command without --slurm")
       return
-    done = [finished(job) for job in jobs]
+    before = [ended(job) for job in jobs]  # Of all, so that what is refused is so before any runs.
     if dry_run.value:
-      for job, ended in zip(jobs, done, strict=True):
-        print("# finished" if ended else "", shlex.join(["python", *job.words]))
+      for job, how in zip(jobs, before, strict=True):
+        print(f"# {how}" if how else "", shlex.join(["python", *job.words]))
       return
     with stop_requests() as stop:
-      numbered = enumerate(zip(jobs, done, strict=True), 1)
-      ended = [_run_one(f"{n}/{len(jobs)}", job, before, stop) for n, (job, before) in numbered]
-    left = [job for job, well in zip(jobs, ended, strict=True) if well]
+      numbered = enumerate(zip(jobs, before, strict=True), 1)
+      well = [_run_one(f"{n}/{len(jobs)}", job, how, stop) for n, (job, how) in numbered]
+    left = list(itertools.compress(jobs, well))
     if diverged := [str(job.folder) for job in jobs if job not in left]:
       print("diverged, and left out:", *diverged, file=sys.stderr)
     if left:
@@ -269,14 +270,11 @@ def _baseline(wanted: str | None, names: Sequence[str], left: set[str]) -> str:
   return found
 
 
-def _run_one(number: str, job: Job, ended: bool, stop: threading.Event) -> bool:
+def _run_one(number: str, job: Job, before: str | None, stop: threading.Event) -> bool:
   """False if its training diverged. That is a result; after any other error the sweep ends."""
-  if ended:
-    print(f"{number} {job.folder}: finished before", flush=True)
-    return True
-  if _has_diverged(job):
-    print(f"{number} {job.folder}: diverged before", flush=True)
-    return False
+  if before:
+    print(f"{number} {job.folder}: {before} before", flush=True)
+    return before == "finished"
   print(f"{number} {job.folder}", flush=True)
   status = _run_process([sys.executable, *job.words], stop)
   if status == NonFiniteError.exit_status:

@@ -215,6 +215,19 @@ def test_a_diverged_run_is_not_trained_again_and_its_combination_stays_the_basel
   )
 
 
+def test_what_diverged_under_another_config_is_refused_before_any_run(
+  run_sweep, tmp_path, monkeypatch, tiny_config
+):
+  monkeypatch.setattr(sweep, "_run_process", lambda words, stop: pytest.fail("trained"))
+  last = tmp_path / "sweep" / "output_strength=0.2-0"
+  last.mkdir(parents=True)
+  other = tiny_config(**{"training.learning_rate": 1e5}).to_dict()
+  (last / "config.json").write_text(json.dumps({"config": other}))
+  (last / "metrics.jsonl").write_text('{"kind": "event", "step": 3, "name": "non_finite"}\n')
+  done = run_sweep()
+  assert done.status == 2 and f"--workdir={last} belongs to another run: " in done.err
+
+
 def test_overrides_arrive_however_they_are_written(run_sweep, tmp_path):
   """One dash, a switch without value, one that is switched off, a value in a word of its own."""
   seen = run_sweep(
