@@ -4,7 +4,10 @@ import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from hgnn_moe_jax.analysis import curves, experts
+from hgnn_moe_jax.analysis.answer import levels
 from hgnn_moe_jax.analysis.page import Figure
 from hgnn_moe_jax.analysis.report import report
 from hgnn_moe_jax.analysis.runs import RunData
@@ -133,8 +136,10 @@ def _of_the_experts(run: RunData, output: pathlib.Path) -> list[Figure]:
     Figure(
       output / "similarity.png",
       "Similarity of experts",
-      f"Mean |cosine| of weights, and of centred updates to the same validation tokens, at step "
-      f"{found.step}.",
+      f"Mean |cosine| at step {found.step}: of weights; of centred updates to the same validation "
+      f"tokens, specialization {_score(found.output_similarity)}; of updates to different tokens, "
+      f"{_score(found.other_tokens_similarity)}, which is what the directions that experts share "
+      "bring by themselves.",
     )
   ]
   if found.ties:
@@ -147,3 +152,10 @@ def _of_the_experts(run: RunData, output: pathlib.Path) -> list[Figure]:
       )
     )
   return figures
+
+
+def _score(similarity_LEE: np.ndarray) -> str:
+  """1 - mean over pairs, layer by layer."""
+  experts = similarity_LEE.shape[-1]
+  others_L = similarity_LEE[:, ~np.eye(experts, dtype=bool)].mean(axis=1)
+  return levels(1.0 - others_L)

@@ -14,8 +14,8 @@ _COST = (
 )
 
 
-# A score is beyond chance if experts overlap by at least a tenth less than unrelated ones do: newly
-# initialised ones are within a twentieth of it.
+# A score is beyond chance, or below it, if experts overlap by at least a tenth less, or more, than
+# unrelated ones do: newly initialised ones are within a twentieth of it.
 _MARGIN = 0.1
 
 
@@ -46,6 +46,11 @@ def beyond_chance(score_L: Sequence[float] | np.ndarray, chance: float) -> np.nd
   return 1.0 - np.asarray(score_L) <= (1.0 - _MARGIN) * (1.0 - chance)
 
 
+def _below_chance(score_L: np.ndarray, chance: float) -> bool:
+  """Whether in some layer the overlap is at least 1.1 times that of unrelated experts."""
+  return bool(np.any(1.0 - score_L >= (1.0 + _MARGIN) * (1.0 - chance)))
+
+
 def comparable(run: RunData, other: RunData) -> str:
   """Why two runs' perplexities cannot be compared; empty if they can."""
   if run.data.get("fingerprint") != other.data.get("fingerprint"):
@@ -58,7 +63,8 @@ def comparable(run: RunData, other: RunData) -> str:
   return ""
 
 
-def _levels(values_L: np.ndarray, digits: int = 3) -> str:
+def levels(values_L: np.ndarray, digits: int = 3) -> str:
+  """One number per layer, as it is written everywhere: 0.452 / 0.347."""
   return " / ".join(f"{value:.{digits}f}" for value in np.atleast_1d(values_L))
 
 
@@ -79,10 +85,10 @@ def _specialization(run: RunData) -> str:
   verdict = {0: "No", len(score_L): "Yes"}.get(above, f"In {above} of {len(score_L)} layers")
   dropout = run.config.model.dropout
   masks = f", in training, where dropout of {dropout:g} makes them differ more" if dropout else ""
-  effective = _levels(at_the_end(run, "effective_experts"), 2)
-  by_weights = _levels(at_the_end(run, "weight_specialization"))
+  effective = levels(at_the_end(run, "effective_experts"), 2)
+  by_weights = levels(at_the_end(run, "weight_specialization"))
   return (
-    f"{verdict}. By what they do: {_levels(score_L)} layer by layer{masks}; unrelated experts have "
+    f"{verdict}. By what they do: {levels(score_L)} layer by layer{masks}; unrelated experts have "
     f"{chance:.3f}, give or take a tenth of the overlap, and copies 0; {effective} effective "
     f"experts of {experts}. By their weights: {by_weights}, chance "
     f"{run.chance['weight_specialization']:.4f}, which says little about what they do."
@@ -113,8 +119,8 @@ def _controller(run: RunData) -> str:
     strength_SL = run.train[f"{penalty}_strength"]
     if strength_SL.any():
       parts.append(
-        f"{penalty} penalty at most {_levels(strength_SL.max(axis=0))}, "
-        f"{_levels(strength_SL[-1])} at the end"
+        f"{penalty} penalty at most {levels(strength_SL.max(axis=0))}, "
+        f"{levels(strength_SL[-1])} at the end"
       )
   strengths = "; ".join(parts) or "no penalty acted"
   if kind == "constant":
@@ -160,7 +166,8 @@ def _next(run: RunData, baseline: RunData | None) -> str:
   score_L, chance = at_the_end(run, "output_specialization"), run.chance["output_specialization"]
   penalised = bool(run.train["output_strength"].any())
   constant = run.config.adaptive.controller == "constant"
-  if np.any(score_L < chance) and not penalised:
+  alike = _below_chance(score_L, chance)
+  if alike and not penalised:
     cure = (
       "--config.orthogonality.output_strength=0.1"
       if constant
@@ -170,7 +177,7 @@ def _next(run: RunData, baseline: RunData | None) -> str:
       "The experts are more alike than unrelated ones, and nothing asks them to differ in what "
       f"they do: {cure}, in a new --workdir."
     )
-  if np.any(score_L < chance):
+  if alike:
     cure = (
       "orthogonality.output_strength"
       if constant

@@ -4,6 +4,7 @@ import pathlib
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hgnn_moe_jax import extensions, trained
@@ -12,8 +13,9 @@ from hgnn_moe_jax.analysis.style import colour, layer_panels
 from hgnn_moe_jax.data.corpus import load_corpus
 from hgnn_moe_jax.data.examples import gather
 from hgnn_moe_jax.errors import UserError
+from hgnn_moe_jax.models import language_model
 from hgnn_moe_jax.models.coupling import Ties, learned_ties
-from hgnn_moe_jax.orthogonality import weights
+from hgnn_moe_jax.orthogonality import outputs, weights
 
 _BATCHES = 8
 
@@ -24,12 +26,15 @@ class Experts(NamedTuple):
   weight_similarity: `[L, E, E]`, mean over roles of |cos| between flattened matrices.
   output_similarity: `[L, E, E]`, mean over validation tokens of |cos| between centred updates,
     without dropout.
+  other_tokens_similarity: `[L, E, E]`, the same of updates to different tokens: what directions
+    that experts share bring by themselves.
   ties: one per round of messages, each for all layers; empty where nothing is learned.
   """
 
   step: int
   weight_similarity: np.ndarray
   output_similarity: np.ndarray
+  other_tokens_similarity: np.ndarray
   ties: list[Ties]
 
 
@@ -54,35 +59,50 @@ def load_experts(run: RunData) -> Experts:
       f"{run.folder}: the text at config.data.path={config.data.path!r} is not the one this run "
       "was trained on; restore it"
     )
-  _, model, params, _, step, _ = trained.load(run.folder)
+  _, _, params, tokenizer, step, _ = trained.load(run.folder)
   examples = corpus.splits["validation"].examples
-  size, fill = config.training.batch_size, corpus.tokenizer.end_of_text
+  size, fill = config.training.batch_size, tokenizer.end_of_text
+  model = language_model.build(config.model, tokenizer.vocab_size, _similarities)
 
   @jax.jit
-  def similarity(params, batch):
+  def similarities(params, batch):
     _, aux = model.features(params, batch.inputs_BT, batch.weights_BT, None)
-    return aux.measured.absolute_cosine_EE
+    return jnp.stack(aux.measured)
 
   total, count = 0.0, 0
   # Whole batches; of fewer examples than a batch, one that goes round.
   for first in range(0, max(1, min(_BATCHES * size, examples.num_examples - size + 1)), size):
     rows = np.arange(first, first + size) % examples.num_examples
     batch = gather(examples, rows.astype(np.int32), config.model.max_length, fill)
-    total, count = total + np.asarray(similarity(params, batch)), count + 1
+    total, count = total + np.asarray(similarities(params, batch)), count + 1
+  same, other = total / count
   roles = model.expert_matrices(params, config.orthogonality.weight_target)
   return Experts(
     step=step,
     weight_similarity=np.asarray(jax.jit(weights.absolute_cosine)(roles)),
-    output_similarity=np.asarray(total / count),
+    output_similarity=same,
+    other_tokens_similarity=other,
     ties=jax.tree.map(np.asarray, learned_ties(config.model, params["layers"])),
   )
 
 
+def _similarities(updates_EBTD: jax.Array, weights_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """|cos| of updates to the same tokens, and to others."""
+  return (
+    outputs.update_overlap(updates_EBTD, weights_BT).absolute_cosine_EE,
+    outputs.other_tokens_cosine(updates_EBTD, weights_BT, jax.random.key(0)),
+  )
+
+
 def similarity(experts: Experts, path: pathlib.Path) -> None:
-  """Matrices of |cos| between experts: weights above, outputs below, a column per layer."""
-  rows = {"weights": experts.weight_similarity, "outputs": experts.output_similarity}
+  """Matrices of |cos| between experts: weights, outputs, outputs for different tokens; by layer."""
+  rows = {
+    "weights": experts.weight_similarity,
+    "outputs": experts.output_similarity,
+    "outputs, other tokens": experts.other_tokens_similarity,
+  }
   layers, count = experts.weight_similarity.shape[:2]
-  with layer_panels(2, layers, path, 3.4, 3.5) as (figure, axes_KL):
+  with layer_panels(len(rows), layers, path, 3.4, 3.5) as (figure, axes_KL):
     image = None
     for (kind, values_LEE), axes_L in zip(rows.items(), axes_KL, strict=True):
       for layer, axes in enumerate(axes_L):

@@ -153,13 +153,20 @@ def split_files(files: Sequence[pathlib.Path]) -> dict[str, list[pathlib.Path]]:
   """Files by the split that a word of their name tells: wiki.train.tokens, valid.txt.
 
   Names are cut into words at everything that is not a letter. Other files are left out.
+
+  Raises:
+    ConfigError: a name that tells several splits: its text would be trained on and scored.
   """
   found: dict[str, list[pathlib.Path]] = {split: [] for split in SPLITS}
   for file in sorted(files):
     words = set(re.split(r"[^a-z]+", file.name.lower()))
-    for split in SPLITS:
-      if words & _SPLIT_WORDS[split]:
-        found[split].append(file)
+    told = [split for split in SPLITS if words & _SPLIT_WORDS[split]]
+    if len(told) > 1:
+      raise ConfigError(
+        "data.path", str(file), f"its name tells {' and '.join(told)}; rename it to tell one split"
+      )
+    for split in told:
+      found[split].append(file)
   return found
 
 

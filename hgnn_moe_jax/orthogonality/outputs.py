@@ -19,6 +19,8 @@ FORMS = ("cosine", "covariance")
 Form = str | Callable[[jax.Array, jax.Array], jax.Array]
 # An expert whose updates are smaller than this share of the mean scale is pushed to grow.
 _SCALE_MARGIN = 0.5
+# Enough for three digits of a mean |cos|.
+_MOST_TOKENS = 4096
 
 
 class UpdateOverlap(NamedTuple):
@@ -98,6 +100,46 @@ def update_overlap(
     # sqrt with a finite derivative at 0
     scale_E=squared_scale_E * gram.inverse_norm(squared_scale_E),
   )
+
+
+def other_tokens_cosine(
+  updates_EBTD: jax.Array, weights_BT: jax.Array, key: jax.Array
+) -> jax.Array:
+  """`absolute_cosine_EE` as it would be if no two experts had seen the same token: a second null.
+
+  Each expert's centred updates are dealt out anew, so that those compared belong to different
+  tokens, drawn at random. What is left are directions that the experts share whatever the token:
+  trained updates keep to a few of the D, and overlap by that alone. Independent experts are at the
+  level of `absolute_cosine_EE` where their directions are independent, too, and above it else.
+
+  Args:
+    updates_EBTD, weights_BT: as in `update_overlap`, with more tokens than experts.
+    key: of the draw, of 4,096 tokens at most.
+
+  Returns:
+    `[E, E]` float32 in [0, 1]; the diagonal is 1, or 0 for a silent expert. All zero if no token is
+    valid.
+  """
+  E, B, T, D = updates_EBTD.shape
+  weights_N = weights_BT.reshape(B * T).astype(jnp.float32)
+  mean_ED = token_products.share_mean(
+    updates_EBTD, (weights_N / jnp.maximum(weights_N.sum(), 1.0)).reshape(B, T)
+  )
+  # Expert e has the token that is e places on in one random order: no two meet the same.
+  order_N = jax.random.permutation(key, B * T)
+  place_EM = jnp.arange(E)[:, None] + jnp.arange(min(B * T, _MOST_TOKENS))[None]
+  token_EM = order_N[place_EM % (B * T)]
+  dealt_EMD = jnp.take_along_axis(
+    updates_EBTD.reshape(E, B * T, D), token_EM[:, :, None], axis=1
+  ).astype(jnp.float32)
+  centred_EMD = dealt_EMD - mean_ED[:, None]
+  norm_EM = gram.contract("emd,emd->em", centred_EMD, centred_EMD)
+  unit_EMD = centred_EMD * gram.inverse_norm(norm_EM)[:, :, None]
+  cosine_EEM = gram.contract("emd,fmd->efm", unit_EMD, unit_EMD)
+  valid_EM = weights_N[token_EM]
+  pairs_EE = gram.contract("em,fm->ef", valid_EM, valid_EM)
+  total_EE = gram.contract("efm,em,fm->ef", jnp.abs(cosine_EEM), valid_EM, valid_EM)
+  return total_EE / jnp.maximum(pairs_EE, 1.0)
 
 
 def output_penalty(overlap_LEE: jax.Array, scale_LE: jax.Array, form: Form) -> jax.Array:

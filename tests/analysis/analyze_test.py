@@ -1,6 +1,7 @@
 """Figures and the report of real, tiny runs; what figures compute, by hand."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,11 @@ def test_a_report_of_a_run(finished_run, read_page, drawn):
   assert "Did the experts specialise beyond chance?" in page.texts
   perplexity = json.loads((folder / "summary.json").read_text())["last"]["token_perplexity"]
   assert f"{perplexity:.2f}" in page.texts
+  caption = " ".join(page.texts)
+  same, other = re.search(
+    r"specialization ([\d./ ]+); .* tokens, ([\d./ ]+), which", caption
+  ).groups()
+  assert same.count("/") == other.count("/") == 1 and same != other
 
 
 @pytest.mark.parametrize(
@@ -72,7 +78,9 @@ def test_similarities_are_those_of_the_checkpoint(train):
   score = lambda m: 1.0 - m[:, off].mean(axis=1)  # noqa: E731
   np.testing.assert_allclose(score(found.weight_similarity), logged["weight"], atol=0.01)
   np.testing.assert_allclose(score(found.output_similarity), logged["output"], atol=0.1)
-  np.testing.assert_allclose(found.weight_similarity[:, range(3), range(3)], 1.0, rtol=1e-5)
+  for similarity in (found.weight_similarity, found.other_tokens_similarity):
+    np.testing.assert_allclose(similarity[:, range(3), range(3)], 1.0, rtol=1e-5)
+  assert np.all(score(found.other_tokens_similarity) > score(found.output_similarity))
 
 
 def test_a_validation_split_smaller_than_a_batch(train, text_file, tmp_path, monkeypatch):
@@ -90,7 +98,7 @@ def test_a_validation_split_smaller_than_a_batch(train, text_file, tmp_path, mon
   np.testing.assert_allclose(
     found.output_similarity, experts.load_experts(run).output_similarity, atol=0.05
   )
-  assert found.output_similarity.shape == (2, 3, 3)
+  assert found.output_similarity.shape == found.other_tokens_similarity.shape == (2, 3, 3)
 
 
 def test_ties_by_hand():

@@ -124,6 +124,14 @@ def test_next(make):
   assert "analysis.compare" in told(done, weak)[4]
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.1])
+def test_experts_at_chance_are_not_called_alike(make, strength):
+  """Overlaps of 0.205 and 0.215 where unrelated experts have 0.2; of 0.225 is more."""
+  at, below = make("at", [0.795, 0.785], strength), make("below", [0.795, 0.775], strength)
+  assert told(at)[4].startswith("Find out what it is worth")
+  assert "output_strength" in told(below)[4]
+
+
 def test_what_another_version_has_not_logged_is_unknown(make):
   whole = make("run", [0.85, 0.9], 0.1)
   run = whole._replace(train={k: whole.train[k] for k in ("step", "lm_loss")})

@@ -176,6 +176,17 @@ def test_folder_without_all_splits(tmp_path):
     sources.load_documents(text_config(tmp_path))
 
 
+def test_a_file_of_two_splits(tmp_path):
+  """Else its text would be trained on and scored, silently where a split may have several files."""
+  (tmp_path / "unit-test-train-00000.jsonl").write_text('{"text": "a"}\n')
+  for name in ("unit-validation.jsonl", "unit-test.jsonl"):
+    (tmp_path / name).write_text('{"text": "b"}\n')
+  with pytest.raises(
+    ConfigError, match=r"00000\.jsonl': its name tells train and test; rename it to tell one split"
+  ):
+    sources.load_documents(DataConfig(source="json", path=str(tmp_path)))
+
+
 def test_folder_with_two_files_of_a_split(tmp_path):
   write_splits(tmp_path, ("train.txt", "train.bak", "valid.txt", "test.txt"))
   with pytest.raises(ConfigError, match=r"train has several files \(train\.bak, train\.txt\)"):

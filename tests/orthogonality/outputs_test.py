@@ -329,3 +329,48 @@ def test_accelerators_measure_the_same(monkeypatch):
   found = outputs.update_overlap(jnp.asarray(updates_EBTD), jnp.asarray(weights_BT))
   for one, other in zip(found, expected, strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def _dealt(updates_EBTD, weights_BT, seed=0):
+  return np.asarray(
+    jax.jit(outputs.other_tokens_cosine)(
+      jnp.asarray(updates_EBTD), jnp.asarray(weights_BT), jax.random.key(seed)
+    )
+  )
+
+
+def test_what_no_two_have_seen_is_no_overlap_and_shared_directions_are():
+  """Copies of one expert: as unrelated ones in 16 directions, identical ones in a single one."""
+  tokens = _normal(0, 1, 30, 20, 16)
+  copies = np.repeat(tokens, 3, axis=0)
+  off = ~np.eye(3, dtype=bool)
+  same = _overlap(jnp.asarray(copies), jnp.ones((30, 20)), "cosine").absolute_cosine_EE
+  np.testing.assert_allclose(same, np.ones((3, 3)), rtol=1e-5)
+  dealt = _dealt(copies, np.ones((30, 20), np.float32))
+  np.testing.assert_allclose(np.diagonal(dealt), np.ones(3), rtol=1e-5)
+  np.testing.assert_allclose(dealt[off], gram.absolute_cosine_chance(16), atol=0.02)
+  line = copies[..., :1] * _normal(1, 16) + 5.0  # a mean to be removed
+  np.testing.assert_allclose(
+    _dealt(line, np.ones((30, 20), np.float32)), np.ones((3, 3)), rtol=1e-4
+  )
+
+
+def test_other_tokens_are_those_of_the_naive_twin():
+  """Expert e has the token e places on in the order of the draw; padding counts nowhere."""
+  updates, weights = _normal(0, 3, 2, 5, 4) + 2.0, _mask()
+  order = np.asarray(jax.random.permutation(jax.random.key(7), 10))
+  valid = weights.reshape(10) == 1
+  u = updates.reshape(3, 10, 4).astype(np.float64)
+  u = u - u[:, valid].mean(1, keepdims=True)
+  expected = np.zeros((3, 3))
+  for i in range(3):
+    for j in range(3):
+      pairs = [(order[(m + i) % 10], order[(m + j) % 10]) for m in range(10)]
+      pairs = [(s, t) for s, t in pairs if valid[s] and valid[t]]
+      assert i == j or all(s != t for s, t in pairs)
+      cosines = [
+        u[i, s] @ u[j, t] / np.linalg.norm(u[i, s]) / np.linalg.norm(u[j, t]) for s, t in pairs
+      ]
+      expected[i, j] = np.mean(np.abs(cosines))
+  np.testing.assert_allclose(_dealt(updates, weights, 7), expected, rtol=1e-5)
+  assert not _dealt(updates, np.zeros_like(weights)).any()
