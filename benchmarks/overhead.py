@@ -21,6 +21,7 @@ from benchmarks import output
 from hgnn_moe_jax import cli, device
 from hgnn_moe_jax.config import Config, with_fields
 from hgnn_moe_jax.data.examples import Batch
+from hgnn_moe_jax.errors import UserError
 from hgnn_moe_jax.models import language_model
 from hgnn_moe_jax.training import optimizer as optimizers
 from hgnn_moe_jax.training.assembly import assemble_sized
@@ -56,7 +57,19 @@ Init = Callable[[], Any]
 
 
 def step_without(config: Config, vocab_size: int) -> tuple[Step, Init]:
-  """A step that knows cross-entropy only, and what makes its PlainState."""
+  """A step that knows cross-entropy only, and what makes its PlainState.
+
+  Raises:
+    UserError: the config's step does something else besides that this one does not.
+  """
+  for field, value, none in (
+    ("training.accumulation", config.training.accumulation, 1),
+    ("model.selected_experts", config.model.selected_experts, 0),
+  ):
+    if value != none:
+      raise UserError(
+        f"config.{field}={value}: the step without penalties is known for {none} only; set it"
+      )
   remat = config.training.remat
   model = language_model.build(config.model, vocab_size, lambda updates, weights: (), remat)
   shapes = jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))

@@ -3,8 +3,8 @@
 python -m hgnn_moe_jax.main --config=configs/adaptive_feedback.py
 
 Shows: feedback that asks for an output specialization of 0.9 and otherwise leaves the experts
-alone: the strength is 0 where the constraint is inactive. Its gains are a seventh of the defaults,
-which suit a maximum strength above 1; here it is 0.3.
+alone: where the constraint is inactive the strength falls to 0, slowly. Its gains are a seventh of
+the defaults, which suit a maximum strength above 1; here it is 0.3.
 Result: validation token perplexity 176.5 ± 2.2, word 812.3 at 400 steps, 3 seeds; 174.6 ± 2.6
 and 801.3 without a penalty. docs/adaptive-orthogonality.md has the comparison.
 """

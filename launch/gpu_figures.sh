@@ -7,7 +7,8 @@
 # the same command continues what was stopped; a whole run that was stopped begins again. What fails
 # is named at the end, with its log, and leaves the others alone; the exit status is then 1.
 # WIKITEXT=FOLDER reads WikiText-2 from train.txt, valid.txt and test.txt there instead of the
-# hub's. DRY_RUN=1 prints the commands.
+# hub's. DRY_RUN=1 prints the commands. The tests of the GPU, one of the steps, need pytest:
+# pip install -e '.[cuda12,analysis,dev]'
 set -euo pipefail
 absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
 folder=$(absolute "${1:?give the folder of the results}")
@@ -15,6 +16,8 @@ wikitext=${WIKITEXT:+$(absolute "$WIKITEXT")}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 cache=$folder/cache_of_runs
+# Where JAX finds no GPU, each command says so and fails: a CPU's figures would be kept as a GPU's.
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}
 failed=()
 running=
 
@@ -27,7 +30,7 @@ stop() {  # What runs is asked to stop as well, or it would go on using the GPU.
 trap stop INT TERM
 
 attempt() {  # attempt NAME FILE COMMAND...: runs it, unless its file is there
-  local name=$1 file=$2 started=$SECONDS
+  local name=$1 file=$2 started
   shift 2
   if [ "${DRY_RUN:-0}" = 1 ]; then
     printf '%q ' "$@"
@@ -39,12 +42,14 @@ attempt() {  # attempt NAME FILE COMMAND...: runs it, unless its file is there
     return
   fi
   mkdir -p "$folder"
+  started=$(date +%s%N)
   "$@" >"$folder/$name.log" 2>&1 </dev/null &
   running=$!
   if wait "$running"; then
     running=
     grep -E '^\||passed' "$folder/$name.log" || true
-    echo "$name: $((SECONDS - started)) s" | tee -a "$folder/$name.log"
+    local tenths=$((($(date +%s%N) - started) / 100000000))
+    echo "$name: $((tenths / 10)).$((tenths % 10)) s" | tee -a "$folder/$name.log"
   else
     running=
     echo "$name: failed, see $folder/$name.log"
@@ -58,16 +63,17 @@ measure() {  # measure NAME BENCHMARK OPTIONS...
 
 headline() {  # headline NAME: the original's protocol, whole; NAME.log ends with the wall time
   local text=()
-  # A run that was stopped begins again, since its time is the figure; the first with no cache.
+  # A run that was stopped begins again, since its time is the figure; the first with no cache, and
+  # the others only with the one that it has filled.
   if [ "${DRY_RUN:-0}" != 1 ] && [ ! -e "$folder/$1/summary.json" ]; then
     rm -rf "${folder:?}/$1"
-    if [ "$1" = cold ]; then rm -rf "${cache:?}"; fi
-  fi
-  if [ "${DRY_RUN:-0}" != 1 ] && [ ! -e "$folder/$1/summary.json" ] && [ ! -d "$cache" ] &&
-    [ "$1" != cold ]; then
-    echo "$1: failed, $cache is gone; remove $folder/cold to begin anew"
-    failed+=("$1")
-    return
+    if [ "$1" = cold ]; then
+      rm -rf "${cache:?}" "$folder"/cached_?
+    elif [ ! -e "$folder/cold/summary.json" ] || [ ! -d "$cache" ]; then
+      echo "$1: failed, for want of the programs that cold compiles; remove $folder/cold, if it is there, and begin anew"
+      failed+=("$1")
+      return
+    fi
   fi
   if [ -n "$wikitext" ]; then
     text=(--config.data.source=text --config.data.path="$wikitext")
@@ -81,7 +87,8 @@ headline() {  # headline NAME: the original's protocol, whole; NAME.log ends wit
 graphs=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE
 
 measure shapes train_step --shape=original,d384 --coupler=graph,hypergraph
-measure large train_step --shape=large --sweep=model.unrolled_layers=4,12 \
+measure large train_step --shape=large --nocached
+measure large_in_turn train_step --shape=large --sweep=model.unrolled_layers=4,12 \
   --sweep=training.steps_per_dispatch=4 --in_turn --nocached
 # What has been planned and not timed: a loop in a CUDA graph, products in place as JAX has them.
 measure dispatch train_step --shape=original --sweep=training.steps_per_dispatch=8,40 --in_turn \
@@ -95,6 +102,8 @@ measure overhead overhead --config=configs/original.py --vocab_size=50257 --step
 headline cold
 headline cached_1
 headline cached_2
+attempt tests "" env JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
+  "$python" -m pytest -p no:cacheprovider tests/gpu_test.py
 measure parts_original parts --shape=original
 measure parts_large parts --shape=large
 measure generation generation --shape=original --coupler=graph,hypergraph
@@ -106,8 +115,6 @@ measure accumulation train_step --shape=original --nocached --in_turn \
   --sweep=training.accumulation=1,2,4
 measure selected train_step --shape=original --nocached --in_turn \
   --sweep=model.selected_experts=0,1,2
-attempt tests "" env JAX_PLATFORMS=cuda JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
-  "$python" -m pytest -p no:cacheprovider tests/gpu_test.py
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}" >&2

@@ -45,7 +45,12 @@ def _standard_promotion():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
-  "shape", [(1, 4, 512, 256), (3, 8, 100, 1024), (2, 6, 30, 96), (1, 1, 4, 32)]
+  "shape",
+  # The last two with an odd number of rows, and with one: tiles of a single row.
+  [
+    *((1, 4, 512, 256), (3, 8, 100, 1024), (2, 6, 30, 96), (1, 1, 4, 32)),
+    *((2, 3, 7, 96), (1, 4, 1, 256)),
+  ],
 )
 def test_kernels(shape, dtype):
   G, E, N, D = shape
@@ -169,9 +174,18 @@ def _loss(config, params, remat=False):
   return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize("coupler", ["graph", "hypergraph", "attention"])
-def test_bfloat16_computes_what_float32_does(coupler):
-  config = _config(**{"model.coupler": coupler, "model.dropout": 0.0})
+@pytest.mark.parametrize(
+  "changes",
+  [
+    *({"coupler": coupler} for coupler in ("graph", "hypergraph", "attention")),
+    {"num_experts": 12},  # more than `token_kernels` take
+    {"positions": "rotary"},
+  ],
+  ids=lambda changes: next(iter(changes.values())),
+)
+def test_bfloat16_computes_what_float32_does(changes):
+  changes = {f"model.{field}": value for field, value in changes.items()}
+  config = _config(**changes, **{"model.dropout": 0.0})
   params = jax.jit(_model(config).init)(jax.random.key(0))
   loss, gradient = _loss(config, params)
   with jax.default_matmul_precision("highest"):

@@ -14,6 +14,7 @@ from hgnn_moe_jax.models import head_kernels
 _CHUNK_ENTRIES = {"cpu": 2**21}
 _CHUNK_ENTRIES_ACCELERATOR = 2**28
 _LEAST_ROWS = 256
+_ROW_MULTIPLE = 128  # as `head_kernels.fits` wants them
 # Tensor cores want rows of logits to begin at multiples of 16 bytes: with GPT-2's 50,257 tokens the
 # products took 2.4 times as long.
 _ALIGNMENT = {"cpu": 1}
@@ -21,10 +22,17 @@ _ALIGNMENT_ACCELERATOR = 128
 
 
 def chunk_rows(num_rows: int, vocab_size: int) -> int:
-  """Rows per chunk: all of them if they fit, else a power of two of at least 256."""
+  """Rows per chunk: all of them if they fit, else equal parts, up to multiples of 128.
+
+  A part has at most a power of two of rows, of at least 256: the last part is filled up, so parts
+  of that size, whatever the number of rows, would compute up to twice of what is wanted.
+  """
   entries = _CHUNK_ENTRIES.get(jax.default_backend(), _CHUNK_ENTRIES_ACCELERATOR)
-  rows = max(_LEAST_ROWS, 2 ** (entries // vocab_size).bit_length() // 2)
-  return min(rows, num_rows)
+  most = max(_LEAST_ROWS, 2 ** (entries // vocab_size).bit_length() // 2)
+  if num_rows <= most:
+    return num_rows
+  each = -(-num_rows // -(-num_rows // most))
+  return -(-each // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import overhead
+from hgnn_moe_jax.errors import UserError
 
 VOCAB = 64
 
@@ -39,6 +40,13 @@ def test_each_step_computes_again_what_the_config_says(tiny_config, make):
   batch = overhead.random_batch(config, VOCAB)
   some, more = (primitives(*make(c, VOCAB), batch).count("policy=None") for c in (config, again))
   assert more > some
+
+
+@pytest.mark.parametrize("field", ["training.accumulation", "model.selected_experts"])
+def test_what_the_step_without_does_not_know(tiny_config, field):
+  """It takes the batch whole: rounds would look like what penalties save."""
+  with pytest.raises(UserError, match=rf"config\.{field}=2: the step without penalties is known"):
+    overhead.step_without(tiny_config(**{field: 2}), VOCAB)
 
 
 def test_both_steps_train_the_same_model_alike(tiny_config):

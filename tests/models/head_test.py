@@ -133,7 +133,12 @@ def test_bfloat16_products_accumulate_in_float32(loss):
 # never less than 256; never more than there are.
 @pytest.mark.parametrize(
   ("num_rows", "vocab_size", "rows"),
-  [(4096, 3000, 512), (4096, 2048, 1024), (4096, 2**20, 256), (100, 50257, 100), (10, 2**20, 10)],
+  [
+    *((4096, 3000, 512), (4096, 2048, 1024), (4096, 2**20, 256)),
+    *((100, 50257, 100), (10, 2**20, 10), (256, 50257, 256)),
+    # Nearly equal parts: 2 of 384, 3 of 384, 5 of 256 rows.
+    *((600, 3000, 384), (1025, 3000, 384), (1030, 50257, 256)),
+  ],
 )
 def test_chunk_rows(num_rows, vocab_size, rows, monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
