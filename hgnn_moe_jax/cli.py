@@ -4,6 +4,7 @@ import functools
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -96,10 +97,31 @@ def _in_one_line(function: Callable[[list[str]], Any]) -> Callable[[list[str]], 
     try:
       return function(argv)
     except UserError as error:
-      print("error:", *str(error).split(), file=sys.stderr)
-      sys.exit(error.exit_status)
+      _say(error)
+    except (RuntimeError, AssertionError) as error:
+      if not _is_for_want_of_a_device(error):
+        raise
+      asked = jax.config.jax_platforms or ""  # pyright: ignore[reportAttributeAccessIssue]
+      reason = str(error) or "no such device was found"
+      _say(
+        UserError(
+          f"JAX_PLATFORMS={asked}: JAX cannot use it here ({reason}); unset it, or install JAX for "
+          "it, for NVIDIA's GPUs by pip install -e '.[cuda12]'"
+        )
+      )
 
   return wrapped
+
+
+def _say(error: UserError) -> None:
+  print("error:", *str(error).split(), file=sys.stderr)
+  sys.exit(error.exit_status)
+
+
+def _is_for_want_of_a_device(error: Exception) -> bool:
+  """JAX raises RuntimeError, or fails an assertion, where its first device is looked for."""
+  *_, last = traceback.extract_tb(error.__traceback__)
+  return pathlib.Path(last.filename).name == "xla_bridge.py"
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -142,6 +142,17 @@ def test_help_lists_every_flag_and_is_no_failure():
     assert re.search(rf"^  --(\[no\])?{name}:", done.stdout, re.MULTILINE), name
 
 
+def test_devices_that_are_not_there():
+  done = subprocess.run(
+    [sys.executable, "-m", "hgnn_moe_jax.main", QUICKSTART],
+    env={**os.environ, "JAX_PLATFORMS": "abacus"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  assert re.fullmatch(r"error: JAX_PLATFORMS=abacus: JAX cannot use it here \(.+\n", done.stderr)
+
+
 def test_a_config_that_ends_the_program_is_no_success(cli, tmp_path):
   path = tmp_path / "ends.py"
   path.write_text("import sys\n\n\ndef get_config():\n  sys.exit('no data: run prepare.py')\n")

@@ -69,13 +69,13 @@ def load_experts(run: RunData) -> Experts:
     _, aux = model.features(params, batch.inputs_BT, batch.weights_BT, None)
     return jnp.stack(aux.measured)
 
-  total, count = 0.0, 0
+  found = []
   # Whole batches; of fewer examples than a batch, one that goes round.
   for first in range(0, max(1, min(_BATCHES * size, examples.num_examples - size + 1)), size):
     rows = np.arange(first, first + size) % examples.num_examples
     batch = gather(examples, rows.astype(np.int32), config.model.max_length, fill)
-    total, count = total + np.asarray(similarities(params, batch)), count + 1
-  same, other = total / count
+    found.append(np.asarray(similarities(params, batch)))
+  same, other = np.mean(found, axis=0)
   roles = model.expert_matrices(params, config.orthogonality.weight_target)
   return Experts(
     step=step,
