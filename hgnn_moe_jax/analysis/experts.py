@@ -95,11 +95,11 @@ def _similarities(updates_EBTD: jax.Array, weights_BT: jax.Array) -> tuple[jax.A
 
 
 def similarity(experts: Experts, path: pathlib.Path) -> None:
-  """Matrices of |cos| between experts: weights, outputs, outputs for different tokens; by layer."""
+  """Matrices of |cos|: weights, outputs, outputs for different tokens; a column per layer."""
   rows = {
     "weights": experts.weight_similarity,
     "outputs": experts.output_similarity,
-    "outputs, other tokens": experts.other_tokens_similarity,
+    "other tokens": experts.other_tokens_similarity,
   }
   layers, count = experts.weight_similarity.shape[:2]
   with layer_panels(len(rows), layers, path, 3.4, 3.5) as (figure, axes_KL):
