@@ -157,7 +157,8 @@ display(Image(page.parent / "specialization.png", width=800))
 
 # %% [markdown]
 # You will see which experts are alike at the end, pair by pair: 1 is a copy. Below are the same
-# experts on different tokens: what is alike there are directions that they share whatever they read.
+# experts on different tokens: what is alike there are directions that they share whatever they
+# read.
 
 # %%
 display(Image(page.parent / "similarity.png", width=800))

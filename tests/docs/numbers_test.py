@@ -11,6 +11,7 @@ import pytest
 
 import hgnn_moe_jax
 from benchmarks import data, generation, growth, memory, overhead, parts, scaling, train_step
+from hgnn_moe_jax.analysis import collapse_drill
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -98,6 +99,16 @@ def test_the_overhead_on_a_gpu_is_the_measured_one():
 def test_a_benchmarks_table_is_the_measured_one(name, benchmark, where):
   result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
   assert benchmark.table(result["measurements"]) in page(where)
+
+
+def test_the_drills_table_is_the_measured_one():
+  result = json.loads((ROOT / "docs" / "figures" / "collapse_drill.json").read_text())
+  outcomes = [collapse_drill.Outcome(**arm) for arm in result["arms"]]
+  assert collapse_drill.table(outcomes) in page("collapse-drill.md")
+  plain, *penalised = [100 * o.healthy_perplexity for o in outcomes]
+  low, high = (100 * (end(penalised) / plain - 1) for end in (min, max))
+  assert f"{low:+.1f} to {high:+.1f} % at 800 steps" in page("adaptive-orthogonality.md")
+  assert {h["false_alarms"] for h in result["healthy"]} == {0}
 
 
 def test_what_penalties_keep_is_the_planned():
