@@ -101,14 +101,7 @@ def _in_one_line(function: Callable[[list[str]], Any]) -> Callable[[list[str]], 
     except (RuntimeError, AssertionError) as error:
       if not _is_for_want_of_a_device(error):
         raise
-      asked = jax.config.jax_platforms or ""  # pyright: ignore[reportAttributeAccessIssue]
-      reason = str(error) or "no such device was found"
-      _say(
-        UserError(
-          f"JAX_PLATFORMS={asked}: JAX cannot use it here ({reason}); unset it, or install JAX for "
-          "it, for NVIDIA's GPUs by pip install -e '.[cuda12]'"
-        )
-      )
+      _say(UserError(_want_of_a_device(error)))
 
   return wrapped
 
@@ -116,6 +109,16 @@ def _in_one_line(function: Callable[[list[str]], Any]) -> Callable[[list[str]], 
 def _say(error: UserError) -> None:
   print("error:", *str(error).split(), file=sys.stderr)
   sys.exit(error.exit_status)
+
+
+def _want_of_a_device(error: Exception) -> str:
+  asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+  if not asked:  # JAX's own words, which name a cure.
+    return f"JAX cannot use the devices that it has found: {error}"
+  return (
+    f"JAX_PLATFORMS={asked}: JAX cannot use it here ({str(error) or 'no such device was found'}); "
+    "unset it, or install JAX for it, for NVIDIA's GPUs by pip install -e '.[cuda12]'"
+  )
 
 
 def _is_for_want_of_a_device(error: Exception) -> bool:

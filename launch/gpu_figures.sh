@@ -16,7 +16,8 @@ wikitext=${WIKITEXT:+$(absolute "$WIKITEXT")}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 cache=$folder/cache_of_runs
-# Where JAX finds no GPU, each command says so and fails: a CPU's figures would be kept as a GPU's.
+# Unless the caller says otherwise, each command fails where JAX finds no GPU: else a CPU's figures
+# would be kept as a GPU's.
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}
 failed=()
 running=
@@ -42,13 +43,13 @@ attempt() {  # attempt NAME FILE COMMAND...: runs it, unless its file is there
     return
   fi
   mkdir -p "$folder"
-  started=$(date +%s%N)
+  started=${EPOCHREALTIME/[.,]/}  # microseconds; bash 5
   "$@" >"$folder/$name.log" 2>&1 </dev/null &
   running=$!
   if wait "$running"; then
     running=
     grep -E '^\||passed' "$folder/$name.log" || true
-    local tenths=$((($(date +%s%N) - started) / 100000000))
+    local tenths=$(((${EPOCHREALTIME/[.,]/} - started) / 100000))
     echo "$name: $((tenths / 10)).$((tenths % 10)) s" | tee -a "$folder/$name.log"
   else
     running=

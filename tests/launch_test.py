@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -148,6 +149,8 @@ def test_figures_of_a_gpu_continue_and_tell_what_failed(tmp_path):
 
   # A run that was stopped, and what an earlier call kept.
   (folder / "cold").mkdir(parents=True)
+  (folder / "cached_1").mkdir()  # Timed with programs that will not be there.
+  (folder / "cached_1" / "summary.json").touch()
   (folder / "cache_of_runs").mkdir()
   (folder / "cache").mkdir()
   (folder / "cache" / "of somebody else").touch()
@@ -166,6 +169,10 @@ def test_figures_of_a_gpu_continue_and_tell_what_failed(tmp_path):
   assert started == ["cold", "cached_1", "cached_2", "tests", "data"]
   assert re.search(r"^cold: \d+\.\d s$", (folder / "cold.log").read_text(), re.MULTILINE)
   assert done.stdout.startswith("shapes: there already\n")
+  shutil.rmtree(folder / "cache_of_runs")
+  shutil.rmtree(folder / "cached_2")
+  done, started = start()
+  assert (done.returncode, done.stderr, started) == (1, "failed: cached_2\n", ["tests"])
 
 
 def test_figures_of_a_gpu_hand_on_a_request_to_stop(tmp_path):

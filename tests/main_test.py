@@ -142,15 +142,33 @@ def test_help_lists_every_flag_and_is_no_failure():
     assert re.search(rf"^  --(\[no\])?{name}:", done.stdout, re.MULTILINE), name
 
 
-def test_devices_that_are_not_there():
+@pytest.mark.parametrize("platform", ["abacus", "cuda"])  # JAX refuses them in different ways.
+def test_devices_that_are_not_there(platform):
+  if jax.default_backend() == "gpu":
+    pytest.skip("there is a GPU")
   done = subprocess.run(
     [sys.executable, "-m", "hgnn_moe_jax.main", QUICKSTART],
-    env={**os.environ, "JAX_PLATFORMS": "abacus"},
+    env={**os.environ, "JAX_PLATFORMS": platform},
     capture_output=True,
     text=True,
   )
   assert done.returncode == 2
-  assert re.fullmatch(r"error: JAX_PLATFORMS=abacus: JAX cannot use it here \(.+\n", done.stderr)
+  line = rf"error: JAX_PLATFORMS={platform}: JAX cannot use it here \(\w.+\n"
+  assert re.fullmatch(line, done.stderr)
+
+
+def test_devices_that_are_there_and_cannot_be_used(cli, monkeypatch):
+  """Nobody has asked for them by name: JAX's own reason, in one line."""
+  code = compile("raise RuntimeError('cuda: out\\nof memory')", "jax/_src/xla_bridge.py", "exec")
+  monkeypatch.setattr(main, "_train", lambda: exec(code, {}))
+  asked = jax.config.jax_platforms
+  jax.config.update("jax_platforms", None)
+  try:
+    done = cli(QUICKSTART)
+  finally:
+    jax.config.update("jax_platforms", asked)
+  assert done.status == 2
+  assert done.err == "error: JAX cannot use the devices that it has found: cuda: out of memory\n"
 
 
 def test_a_config_that_ends_the_program_is_no_success(cli, tmp_path):

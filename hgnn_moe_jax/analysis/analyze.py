@@ -137,9 +137,9 @@ def _of_the_experts(run: RunData, output: pathlib.Path) -> list[Figure]:
       output / "similarity.png",
       "Similarity of experts",
       f"Mean |cosine| at step {found.step}: of weights; of centred updates to the same validation "
-      f"tokens, specialization {_score(found.output_similarity)}; of updates to different tokens, "
-      f"{_score(found.other_tokens_similarity)}, which is what the directions that experts share "
-      "bring by themselves.",
+      f"tokens (specialization {_score(found.output_similarity)}); of updates to different tokens "
+      f"({_score(found.other_tokens_similarity)}: as far below chance as the directions that "
+      "experts share bring it by themselves).",
     )
   ]
   if found.ties:

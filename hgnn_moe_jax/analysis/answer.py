@@ -160,7 +160,7 @@ def _next(run: RunData, baseline: RunData | None) -> str:
     return "Let the run go on: the same command continues it."
   if run.config.model.num_experts == 1:
     return "Compare with coupled experts: configs/graph.py."
-  lacking = run.lacks("output_specialization", "output_strength")
+  lacking = run.lacks("output_specialization", "output_strength", "weight_strength")
   if lacking or "output_specialization" not in run.chance:
     return "Train it again with this version: its records do not tell whether the experts differ."
   score_L, chance = at_the_end(run, "output_specialization"), run.chance["output_specialization"]
@@ -185,6 +185,11 @@ def _next(run: RunData, baseline: RunData | None) -> str:
       "converged"
     )
     return f"The penalty is too weak for some layer: raise {cure}."
+  if not penalised and not run.train["weight_strength"].any():
+    return (
+      "They differ as unrelated ones do, and nothing asks them to: train more seeds, and see "
+      "whether they do again."
+    )
   if baseline is None:
     return "Find out what it is worth: train the same config without penalties, and compare seeds."
   return "Repeat it with more seeds: python -m hgnn_moe_jax.analysis.compare says how sure it is."

@@ -109,8 +109,9 @@ def other_tokens_cosine(
 
   Each expert's centred updates are dealt out anew, so that those compared belong to different
   tokens, drawn at random. What is left are directions that the experts share whatever the token:
-  trained updates keep to a few of the D, and overlap by that alone. Independent experts are at the
-  level of `absolute_cosine_EE` where their directions are independent, too, and above it else.
+  trained updates keep to a few of the D, and overlap by that alone. Experts that see the same
+  tokens and have nothing else in common have this as their `absolute_cosine_EE`; where their
+  directions are independent, too, it is `gram.absolute_cosine_chance(D)`.
 
   Args:
     updates_EBTD, weights_BT: as in `update_overlap`, with more tokens than experts.

@@ -37,10 +37,9 @@ def test_a_report_of_a_run(finished_run, read_page, drawn):
   perplexity = json.loads((folder / "summary.json").read_text())["last"]["token_perplexity"]
   assert f"{perplexity:.2f}" in page.texts
   caption = " ".join(page.texts)
-  same, other = re.search(
-    r"specialization ([\d./ ]+); .* tokens, ([\d./ ]+), which", caption
-  ).groups()
-  assert same.count("/") == other.count("/") == 1 and same != other
+  told = re.search(r"specialization ([\d./ ]+)\); .* tokens \(([\d./ ]+):", caption).groups()
+  (same, same_1), (other, other_1) = (map(float, levels.split(" / ")) for levels in told)
+  assert same < other and same_1 < other_1
 
 
 @pytest.mark.parametrize(
