@@ -1,6 +1,7 @@
 """Numbers in the documentation are those that the library computes or that results/ holds."""
 
 import contextlib
+import csv
 import io
 import json
 import math
@@ -99,6 +100,25 @@ def test_the_overhead_on_a_gpu_is_the_measured_one():
 def test_a_benchmarks_table_is_the_measured_one(name, benchmark, where):
   result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
   assert benchmark.table(result["measurements"]) in page(where)
+
+
+@pytest.mark.parametrize(
+  ("study", "where"),
+  [
+    ("adaptive_study", "adaptive-orthogonality.md"),
+    ("coupler_study", "measuring-specialization.md"),
+  ],
+)
+def test_a_studys_table_is_the_measured_one(study, where):
+  with open(ROOT / "docs" / "figures" / f"{study}.csv") as file:
+    measured = list(csv.DictReader(file))
+  for group in measured:
+    (row,) = [row for row in rows(page(where), group["group"]) if "±" in row[2]]
+    mean, half = (group[f"token_perplexity_{part}"] for part in ("mean", "half_width"))
+    assert row[1:3] == [group["seeds"], f"{float(mean):.2f} ± {float(half):.2f}"]
+    if group["difference_mean"]:
+      mean, half = (float(group[f"difference_{part}"]) for part in ("mean", "half_width"))
+      assert row[3].startswith(f"{mean:+.2f} ± {half:.2f} (p = ")
 
 
 def test_the_drills_table_is_the_measured_one():
