@@ -13,6 +13,7 @@ from hgnn_moe_jax.analysis.report import report
 from hgnn_moe_jax.analysis.runs import RunData
 from hgnn_moe_jax.analysis.style import make_folder
 from hgnn_moe_jax.errors import UserError
+from hgnn_moe_jax.orthogonality.outputs import output_specialization
 
 
 class Report(NamedTuple):
@@ -132,13 +133,17 @@ def analyze(run: RunData, output: pathlib.Path, baseline: RunData | None) -> Rep
 def _of_the_experts(run: RunData, output: pathlib.Path) -> list[Figure]:
   found = experts.load_experts(run)
   experts.similarity(found, output / "similarity.png")
+  same, other = (
+    levels(np.asarray(output_specialization(matrix_LEE)))
+    for matrix_LEE in (found.output_similarity, found.other_tokens_similarity)
+  )
   figures = [
     Figure(
       output / "similarity.png",
       "Similarity of experts",
       f"Mean |cosine| at step {found.step}: of weights; of centred updates to the same validation "
-      f"tokens (specialization {_score(found.output_similarity)}); of updates to different tokens "
-      f"({_score(found.other_tokens_similarity)}: as far below chance as the directions that "
+      f"tokens (specialization {same}); of updates to different tokens "
+      f"({other}: as far below chance as the directions that "
       "experts share bring it by themselves).",
     )
   ]
@@ -152,10 +157,3 @@ def _of_the_experts(run: RunData, output: pathlib.Path) -> list[Figure]:
       )
     )
   return figures
-
-
-def _score(similarity_LEE: np.ndarray) -> str:
-  """1 - mean over pairs, layer by layer."""
-  experts = similarity_LEE.shape[-1]
-  others_L = similarity_LEE[:, ~np.eye(experts, dtype=bool)].mean(axis=1)
-  return levels(1.0 - others_L)

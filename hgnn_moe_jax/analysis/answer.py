@@ -63,7 +63,7 @@ def comparable(run: RunData, other: RunData) -> str:
   return ""
 
 
-def levels(values_L: np.ndarray, digits: int = 3) -> str:
+def levels(values_L: Sequence[float] | np.ndarray, digits: int = 3) -> str:
   """One number per layer, as it is written everywhere: 0.452 / 0.347."""
   return " / ".join(f"{value:.{digits}f}" for value in np.atleast_1d(values_L))
 

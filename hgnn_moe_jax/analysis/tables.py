@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from hgnn_moe_jax.analysis.answer import levels
 from hgnn_moe_jax.analysis.statistics import Comparison, Difference, Interval, Row
 
 NOT_LOGGED = "not logged"
@@ -128,7 +129,7 @@ def levels_text(values_L: Sequence[float], digits: int) -> str:
   """0.452 / 0.347, layer by layer."""
   if not values_L:
     return NOT_LOGGED
-  return " / ".join(f"{value:.{digits}f}" for value in values_L)
+  return levels(values_L, digits)
 
 
 def seconds_text(seconds: float) -> str:

@@ -135,12 +135,11 @@ def other_tokens_cosine(
   ).astype(jnp.float32)
   centred_EMD = dealt_EMD - mean_ED[:, None]
   norm_EM = gram.contract("emd,emd->em", centred_EMD, centred_EMD)
-  unit_EMD = centred_EMD * gram.inverse_norm(norm_EM)[:, :, None]
+  valid_EM = weights_N[token_EM]  # A pair with padding in it has cosine 0, and is not counted.
+  unit_EMD = centred_EMD * (gram.inverse_norm(norm_EM) * valid_EM)[:, :, None]
   cosine_EEM = gram.contract("emd,fmd->efm", unit_EMD, unit_EMD)
-  valid_EM = weights_N[token_EM]
   pairs_EE = gram.contract("em,fm->ef", valid_EM, valid_EM)
-  total_EE = gram.contract("efm,em,fm->ef", jnp.abs(cosine_EEM), valid_EM, valid_EM)
-  return total_EE / jnp.maximum(pairs_EE, 1.0)
+  return jnp.sum(jnp.abs(cosine_EEM), axis=-1) / jnp.maximum(pairs_EE, 1.0)
 
 
 def output_penalty(overlap_LEE: jax.Array, scale_LE: jax.Array, form: Form) -> jax.Array:
