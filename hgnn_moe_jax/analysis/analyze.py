@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from hgnn_moe_jax.analysis import curves, experts
@@ -134,7 +135,7 @@ def _of_the_experts(run: RunData, output: pathlib.Path) -> list[Figure]:
   found = experts.load_experts(run)
   experts.similarity(found, output / "similarity.png")
   same, other = (
-    levels(np.asarray(output_specialization(matrix_LEE)))
+    levels(np.asarray(output_specialization(jnp.asarray(matrix_LEE))))
     for matrix_LEE in (found.output_similarity, found.other_tokens_similarity)
   )
   figures = [
